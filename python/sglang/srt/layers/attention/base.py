@@ -1,0 +1,48 @@
+"""The seam between models and attention kernels.
+
+A lane owns one backend, so that scratch memory is never shared between the two workers.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from sglang.srt.model_executor.forward_batch import ForwardBatch
+
+
+class KVPool(Protocol):
+    """Keys and values of every slot, per layer."""
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) of one layer, each [slots, kv_heads, head_dim], views of the pool."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of new tokens over their cached prefix and each other."""
+
+    name: str
+
+    def plan(self, batch: ForwardBatch) -> None:
+        """Called once per batch, before layer 0 of its first slice, on the lane's stream.
+
+        A prefill batch keeps its plan over all its slices; the lane runs no other batch between.
+        """
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Stores k and v in the pool at batch.token_slots, then attends.
+
+        q [tokens, q_heads, head_dim]; k, v [tokens, kv_heads, head_dim], model dtype.
+        Returns [tokens, q_heads, head_dim]. Never synchronises with the host.
+        """
+        ...

@@ -1,0 +1,171 @@
+"""Every message that crosses a process boundary: msgspec structs, msgpack on the wire.
+
+Sockets are one-way ZMQ PUSH/PULL over ipc:
+
+    TokenizerManager --ToScheduler--> Scheduler --ToDetokenizer--> Detokenizer
+    TokenizerManager <--ToTokenizer-- Detokenizer         (text)
+    TokenizerManager <--ToTokenizer-- Scheduler           (replies to control calls)
+    Scheduler        <--ToScheduler-- Detokenizer         (a stop string was found)
+
+The detokenizer looks for stop strings so that the engine thread never decodes text.
+Batches are columnar: element i of every list speaks of the same request.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from sglang.srt.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of all messages; the struct's name is its tag on the wire."""
+
+
+class FinishReason(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a request ended.
+
+    `matched` is the stop token id or stop string (type "stop"); `length` is the number of
+    completion tokens (type "length"); `message` and `status_code` speak of an abort.
+    """
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None
+
+
+class GenerateRequest(Message):
+    """One tokenised prompt. `arrival_s` is time.monotonic() at the HTTP server.
+
+    `namespace` separates prefix caches: requests with different namespaces share nothing.
+    """
+
+    rid: str
+    input_ids: list[int]
+    sampling: SamplingParams
+    arrival_s: float
+    namespace: str = ""
+
+
+class AbortRequest(Message):
+    """Ends every request whose id starts with `rid`, or all of them."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+class StopMatched(Message):
+    """The detokenizer found a stop string: the request has its answer, release it."""
+
+    rid: str
+
+
+class FlushCache(Message):
+    """Empties the prefix cache; waits up to `timeout_s` for the engine to be idle."""
+
+    call_id: int
+    timeout_s: float = 0.0
+
+
+class GetState(Message):
+    """Asks for the scheduler's `internal_state`: memory, queue, lanes, timeline totals."""
+
+    call_id: int
+
+
+class Shutdown(Message):
+    """The scheduler forwards it to the detokenizer; both leave their loops and exit 0."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the detokenizer must know of a request before its first token.
+
+    `prompt_tail` holds the last few prompt ids: text of a token can depend on its left context.
+    """
+
+    rid: str
+    prompt_tail: list[int]
+    stop: list[str]
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool
+    no_stop_trim: bool
+
+
+class TokenBatch(Message):
+    """New tokens of many requests, in order of generation.
+
+    `opened` holds one entry for each request that appears for the first time. Every request
+    that was accepted gets exactly one entry with a finish reason, its last. A matched stop
+    token id is part of `new_ids`; the detokenizer leaves it out of the text.
+    """
+
+    opened: list[StreamOptions]
+    rids: list[str]
+    new_ids: list[list[int]]
+    finish: list[FinishReason | None]
+    prompt_tokens: list[int]
+    cached_tokens: list[int]
+    completion_tokens: list[int]
+    retractions: list[int]
+
+
+class TextBatch(Message):
+    """Decoded increments: `text` and `new_ids` hold only what is new since the last batch."""
+
+    rids: list[str]
+    text: list[str]
+    new_ids: list[list[int]]
+    finish: list[FinishReason | None]
+    prompt_tokens: list[int]
+    cached_tokens: list[int]
+    completion_tokens: list[int]
+    retractions: list[int]
+
+
+class ControlReply(Message):
+    """The scheduler's answer to FlushCache or GetState."""
+
+    call_id: int
+    ok: bool
+    message: str = ""
+    data: dict[str, Any] = {}
+
+
+class Ready(Message):
+    """A child's last word of the start-up handshake, over its pipe."""
+
+    info: dict[str, Any] = {}
+
+
+ToScheduler = GenerateRequest | AbortRequest | StopMatched | FlushCache | GetState | Shutdown
+ToDetokenizer = TokenBatch | Shutdown
+ToTokenizer = TextBatch | ControlReply
+
+ALL_MESSAGES: tuple[type[Message], ...] = (
+    GenerateRequest,
+    AbortRequest,
+    StopMatched,
+    FlushCache,
+    GetState,
+    Shutdown,
+    TokenBatch,
+    TextBatch,
+    ControlReply,
+    Ready,
+)
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """Packs one message."""
+    return _encoder.encode(message)
+
+
+def decoder_for(union: Any) -> msgspec.msgpack.Decoder[Any]:
+    """A decoder of one direction, e.g. `decoder_for(ToScheduler)`; raises msgspec.DecodeError."""
+    return msgspec.msgpack.Decoder(union)

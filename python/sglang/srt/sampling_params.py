@@ -1,0 +1,143 @@
+"""SamplingParams: how one request wants its tokens chosen and its text ended.
+
+The public field names and defaults are SGLang's. `SamplingParams.parse` turns a client's JSON
+object into a checked value; everything behind it may rely on the ranges stated here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from sglang.srt.errors import RequestError
+
+GREEDY_TEMPERATURE = 1e-6  # below this a temperature means "take the likeliest token"
+MAX_STOP_STRINGS = 32
+
+# Fields of SGLang that this server does not serve yet, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (None, 0, 0.0),
+    "presence_penalty": (None, 0, 0.0),
+    "repetition_penalty": (None, 1, 1.0),
+    "stop_regex": (None, "", []),
+    "beam_width": (None,),
+    "json_schema": (None, ""),
+    "regex": (None, ""),
+    "ebnf": (None, ""),
+    "structural_tag": (None, ""),
+    "stream_interval": (None,),
+    "logit_bias": (None, {}),
+    "custom_params": (None,),
+    "watermark": (None,),
+}
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Checked sampling parameters of one request.
+
+    max_new_tokens: tokens to generate; 0 only fills the prefix cache; None until the context ends.
+    min_new_tokens: stop ids and end-of-sequence cannot be chosen before this many tokens.
+    stop: the text ends before the first of these strings (or after it with `no_stop_trim`).
+    stop_token_ids: generation ends at one of these ids, beside the model's own.
+    temperature: 0 means greedy. top_k: -1 means off. top_p in (0, 1], min_p in [0, 1].
+    sampling_seed: the same seed, prompt and parameters give the same tokens in any batch.
+    n: number of answers; the tokenizer manager turns one request into n.
+    """
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    n: int = 1
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    sampling_seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any] | None, *, vocab_size: int) -> SamplingParams:
+        """Checks a client's object. Null means the default, except for max_new_tokens.
+
+        Raises RequestError naming the field.
+        """
+        if fields is None:
+            return cls()
+        if not isinstance(fields, Mapping):
+            raise RequestError("sampling_params must be an object", "sampling_params")
+        known = cls.__struct_fields__
+        given: dict[str, Any] = {}
+        for name, value in fields.items():
+            if name in known:
+                if value is not None or name == "max_new_tokens":
+                    given[name] = value
+            elif name in _NEUTRAL:
+                if value not in _NEUTRAL[name]:
+                    raise _bad(name, "is not supported by this server yet")
+            else:
+                raise _bad(name, "is not a sampling parameter")
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]] if given["stop"] else []
+        for name in ("temperature", "top_p", "min_p"):
+            if name in given:
+                given[name] = _finite(name, given[name])
+        try:
+            params = msgspec.convert(given, cls)
+        except msgspec.ValidationError as error:
+            raise RequestError(f"sampling_params: {error}", _field_of(error)) from None
+        params._check(vocab_size)
+        return params
+
+    def _check(self, vocab_size: int) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            raise _bad("max_new_tokens", f"must be at least 0, got {self.max_new_tokens}")
+        if self.min_new_tokens < 0:
+            raise _bad("min_new_tokens", f"must be at least 0, got {self.min_new_tokens}")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise _bad("min_new_tokens", f"must be at most max_new_tokens={self.max_new_tokens}")
+        if self.temperature < 0:
+            raise _bad("temperature", f"must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise _bad("top_p", f"must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise _bad("min_p", f"must be in [0, 1], got {self.min_p}")
+        if self.top_k != -1 and self.top_k < 1:
+            raise _bad("top_k", f"must be -1 (off) or at least 1, got {self.top_k}")
+        if self.n < 1:
+            raise _bad("n", f"must be at least 1, got {self.n}")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise _bad("stop", f"takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
+        if "" in self.stop:
+            raise _bad("stop", "must not hold an empty string")
+        for token in self.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise _bad("stop_token_ids", f"{token} is outside the vocabulary [0, {vocab_size})")
+        if self.sampling_seed is not None and not -(2**63) <= self.sampling_seed < 2**63:
+            raise _bad("sampling_seed", "must fit in 64 bits")
+
+
+def _bad(field: str, problem: str) -> RequestError:
+    return RequestError(f"sampling_params.{field} {problem}", field)
+
+
+def _finite(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _bad(field, f"must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _field_of(error: msgspec.ValidationError) -> str | None:
+    """msgspec ends its text with the path, e.g. "... - at `$.top_k`"."""
+    text = str(error)
+    return text.rpartition("$.")[2].rstrip("`").partition("[")[0] if "$." in text else None
