@@ -38,7 +38,7 @@ class FinishReason(msgspec.Struct, frozen=True, kw_only=True):
     status_code: int | None = None
 
 
-class GenerateRequest(Message):
+class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
     """One tokenised prompt. `arrival_s` is time.monotonic() at the HTTP server.
 
     `namespace` separates prefix caches: requests with different namespaces share nothing.
@@ -51,33 +51,33 @@ class GenerateRequest(Message):
     namespace: str = ""
 
 
-class AbortRequest(Message):
+class AbortRequest(Message, frozen=True, tag=True, kw_only=True):
     """Ends every request whose id starts with `rid`, or all of them."""
 
     rid: str = ""
     abort_all: bool = False
 
 
-class StopMatched(Message):
+class StopMatched(Message, frozen=True, tag=True, kw_only=True):
     """The detokenizer found a stop string: the request has its answer, release it."""
 
     rid: str
 
 
-class FlushCache(Message):
+class FlushCache(Message, frozen=True, tag=True, kw_only=True):
     """Empties the prefix cache; waits up to `timeout_s` for the engine to be idle."""
 
     call_id: int
     timeout_s: float = 0.0
 
 
-class GetState(Message):
+class GetState(Message, frozen=True, tag=True, kw_only=True):
     """Asks for the scheduler's `internal_state`: memory, queue, lanes, timeline totals."""
 
     call_id: int
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True, tag=True, kw_only=True):
     """The scheduler forwards it to the detokenizer; both leave their loops and exit 0."""
 
 
@@ -95,7 +95,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     no_stop_trim: bool
 
 
-class TokenBatch(Message):
+class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
     """New tokens of many requests, in order of generation.
 
     `opened` holds one entry for each request that appears for the first time. Every request
@@ -113,7 +113,7 @@ class TokenBatch(Message):
     retractions: list[int]
 
 
-class TextBatch(Message):
+class TextBatch(Message, frozen=True, tag=True, kw_only=True):
     """Decoded increments: `text` and `new_ids` hold only what is new since the last batch."""
 
     rids: list[str]
@@ -126,7 +126,7 @@ class TextBatch(Message):
     retractions: list[int]
 
 
-class ControlReply(Message):
+class ControlReply(Message, frozen=True, tag=True, kw_only=True):
     """The scheduler's answer to FlushCache or GetState."""
 
     call_id: int
@@ -135,7 +135,7 @@ class ControlReply(Message):
     data: dict[str, Any] = {}
 
 
-class Ready(Message):
+class Ready(Message, frozen=True, tag=True, kw_only=True):
     """A child's last word of the start-up handshake, over its pipe."""
 
     info: dict[str, Any] = {}

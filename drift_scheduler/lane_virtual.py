@@ -1,0 +1,117 @@
+"""Virtual lanes: work takes the time it says, on a clock that the caller moves.
+
+They let the gang loop and every dispatcher run without a device, in tests and simulations.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drift_scheduler.lane import Lane, LaneMap, LaneTimeout, Phase, Span, Ticket, Work
+from drift_scheduler.partition import Partition, PartitionTable
+
+
+class VirtualClock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance_to(self, time_s: float) -> None:
+        assert time_s >= self.now_s, f"clock cannot go back from {self.now_s} to {time_s}"
+        self.now_s = time_s
+
+
+@dataclass(frozen=True, slots=True)
+class TimedWork:
+    """Work that only takes time."""
+
+    duration_s: float
+
+    def __call__(self) -> None:
+        pass
+
+
+class VirtualTicket:
+    def __init__(self, clock: VirtualClock, span: Span) -> None:
+        self._clock = clock
+        self._span = span
+        self.end_s = span.end_s
+
+    def done(self) -> bool:
+        return self._clock.now_s >= self._span.end_s
+
+    def wait(self, timeout_s: float) -> None:
+        if self._span.end_s > self._clock.now_s + timeout_s:
+            raise LaneTimeout(f"virtual work ends at {self._span.end_s:.6f} s")
+        self._clock.advance_to(max(self._clock.now_s, self._span.end_s))
+
+    def span(self) -> Span:
+        assert self.done(), "span() before done()"
+        return self._span
+
+
+class VirtualLane:
+    def __init__(self, phase: Phase, partition: Partition, clock: VirtualClock) -> None:
+        self.phase = phase
+        self.partition = partition
+        self._clock = clock
+        self._pending: deque[VirtualTicket] = deque()
+        self._free_at_s = 0.0
+
+    @property
+    def sms(self) -> int:
+        prefill = self.phase is Phase.PREFILL
+        return self.partition.prefill_sms if prefill else self.partition.decode_sms
+
+    def launch(self, work: Work, after: Sequence[Ticket] = ()) -> VirtualTicket:
+        assert isinstance(work, TimedWork), type(work)
+        start_s = max(self._clock.now_s, self._free_at_s)
+        for earlier in after:
+            assert isinstance(earlier, VirtualTicket), type(earlier)
+            start_s = max(start_s, earlier.end_s)
+        self._free_at_s = start_s + work.duration_s
+        ticket = VirtualTicket(self._clock, Span(start_s, self._free_at_s))
+        self._pending.append(ticket)
+        return ticket
+
+    def next_completion_s(self) -> float | None:
+        while self._pending and self._pending[0].done():
+            self._pending.popleft()
+        return self._pending[0].end_s if self._pending else None
+
+
+class VirtualLanes:
+    """Lanes for every partition of a table, on one clock."""
+
+    def __init__(self, table: PartitionTable, clock: VirtualClock) -> None:
+        self.table = table
+        self.granted = {split.decode_sms: split.decode_sms for split in table.splits}
+        self._clock = clock
+        self._lanes = [
+            VirtualLane(phase, table[index], clock)
+            for index in range(len(table))
+            for phase in Phase
+        ]
+        self._map = LaneMap(self._lanes)
+
+    def lane(self, phase: Phase, partition: Partition) -> Lane:
+        return self._map[phase, partition]
+
+    def next_completion_s(self) -> float | None:
+        """When the next launched work ends; None if all of it has."""
+        return min(
+            (end for lane in self._lanes if (end := lane.next_completion_s()) is not None),
+            default=None,
+        )
+
+    def completion_fd(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        pass

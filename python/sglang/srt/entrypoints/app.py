@@ -1,0 +1,39 @@
+"""build_app: the HTTP surface around a TokenizerManager."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from sglang.srt.entrypoints import error_forms, native, operations
+from sglang.srt.entrypoints.auth import BearerAuth
+from sglang.srt.entrypoints.openai import (
+    serving_chat,
+    serving_completions,
+    serving_models,
+    serving_tokenize,
+)
+from sglang.srt.entrypoints.server_state import ServerState
+from sglang.version import __version__
+
+
+def build_app(state: ServerState) -> FastAPI:
+    """The ASGI app. It starts and ends nothing: `state.manager` must be running."""
+    app = FastAPI(title="SGLang", version=__version__)
+    app.state.server = state
+    for part in (
+        operations,
+        native,
+        serving_completions,
+        serving_chat,
+        serving_models,
+        serving_tokenize,
+    ):
+        app.include_router(part.router)
+    error_forms.install(app)
+    if state.args.api_key is not None:
+        app.add_middleware(BearerAuth, api_key=state.args.api_key)
+    app.add_middleware(
+        CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
+    )
+    return app

@@ -1,0 +1,122 @@
+"""The three shapes in which SGLang reports errors, and which exception gets which.
+
+native  {"error": {"message": ...}}
+flat    {"object": "error", "message": ..., "type": ..., "param": ..., "code": 400}
+nested  {"error": {"message": ..., "type": ..., "param": ..., "code": "model_not_found"}}
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from sglang.srt.entrypoints.streaming import ClientLeft
+from sglang.srt.errors import NotFound, Overloaded, RequestError
+from sglang.srt.managers.tokenizer_manager import EngineFailed
+from sglang.srt.messages import FinishReason
+
+logger = logging.getLogger(__name__)
+
+_CLIENT_CLOSED_REQUEST = 499
+
+
+class Aborted(Exception):
+    """The engine ended a request with a status of its own, e.g. 503 for a full queue."""
+
+    def __init__(self, message: str, status_code: int) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+
+
+def raise_if_refused(finish: FinishReason | None) -> None:
+    if finish is not None and finish.type == "abort" and finish.status_code is not None:
+        raise Aborted(finish.message or "the request was aborted", finish.status_code)
+
+
+class JsonResponse(Response):
+    """orjson, dates and dataclasses included; keys may be integers."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS, default=str)
+
+
+def flat(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
+    return {"object": "error", "message": message, "type": kind, "param": param, "code": code}
+
+
+def flat_of(error: Exception) -> dict[str, Any]:
+    """Any error as the flat form."""
+    match error:
+        case RequestError():
+            return flat(str(error), "BadRequestError", error.status_code, error.field)
+        case Aborted() | Overloaded():
+            return flat(str(error), str(error.status_code), error.status_code)
+        case EngineFailed():
+            return flat(str(error), "InternalServerError", 500)
+        case _:
+            return flat("internal error", "InternalServerError", 500)
+
+
+def native_event_of(error: Exception) -> dict[str, Any]:
+    """An error inside a /generate stream."""
+    code = flat_of(error)["code"]
+    kind = "invalid_request_error" if code < 500 else "internal_server_error"
+    return {"error": {"message": str(error), "type": kind, "code": code, "retryable": code == 503}}
+
+
+def install(app: FastAPI) -> None:
+    """Gives every error its documented form."""
+    app.exception_handler(RequestError)(_bad_request)
+    app.exception_handler(HTTPException)(_http_error)
+    for kind in (Aborted, Overloaded, EngineFailed):
+        app.exception_handler(kind)(_engine_error)
+    app.exception_handler(TimeoutError)(_timeout)
+    app.exception_handler(ClientLeft)(_client_left)
+    app.exception_handler(Exception)(_unexpected)
+
+
+async def _bad_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    if isinstance(error, NotFound):
+        nested = {
+            "message": str(error),
+            "type": "invalid_request_error",
+            "param": error.field,
+            "code": f"{error.field}_not_found",
+        }
+        return JsonResponse({"error": nested}, error.status_code)
+    if request.url.path.startswith("/v1/"):
+        return JsonResponse(flat_of(error), error.status_code)
+    return JsonResponse({"error": {"message": str(error)}}, error.status_code)
+
+
+async def _engine_error(request: Request, error: Exception) -> Response:
+    body = flat_of(error)
+    headers = {"retry-after": "1"} if body["code"] == 503 else None
+    return JsonResponse(body, body["code"], headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = flat(str(error.detail), str(error.status_code), error.status_code)
+    return JsonResponse(body, error.status_code, dict(error.headers or {}))
+
+
+async def _timeout(request: Request, error: Exception) -> Response:
+    message = "the engine did not answer in time"
+    return JsonResponse(flat(message, "InternalServerError", 504), 504)
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JsonResponse(flat_of(error), 500)

@@ -1,0 +1,144 @@
+"""`launch`: the main process. Starts the children, serves HTTP, ends everything in order.
+
+SIGTERM   refuses new requests (503), finishes those in flight, exits 0
+SIGINT    ends requests in flight, exits 0; a second one kills without ceremony
+a death   of any child fails requests in flight and exits 1 within seconds
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import uvloop
+
+from sglang.srt.entrypoints.app import build_app
+from sglang.srt.entrypoints.lifecycle import HttpServer, Lifecycle
+from sglang.srt.entrypoints.process_group import ChildSpec, ProcessGroup, StartFailed
+from sglang.srt.entrypoints.server_state import ServerState
+from sglang.srt.errors import ConfigError
+from sglang.srt.ipc import IpcNames, ipc_directory
+from sglang.srt.logs import configure_logging
+from sglang.srt.managers.detokenizer_manager import run_detokenizer
+from sglang.srt.managers.prompts import Limits, PromptEncoder
+from sglang.srt.managers.request_log import RequestLog
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.served_model import ServedModel, load_served_model
+from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER = "sglang::scheduler"
+DETOKENIZER = "sglang::detokenizer"
+
+SchedulerMain = Callable[[ServerArgs, IpcNames, int, Connection], None]
+DetokenizerMain = Callable[[ServerArgs, IpcNames, Connection], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a server is made of. The mains run in children and must be importable by name."""
+
+    scheduler: SchedulerMain
+    detokenizer: DetokenizerMain = run_detokenizer
+    load_model: Callable[[ServerArgs], ServedModel] = load_served_model
+
+
+class _Interrupted(BaseException):
+    """SIGINT or SIGTERM before there was a server to stop."""
+
+
+def launch(args: ServerArgs, parts: Parts | None = None) -> int:
+    """Runs the server until it is told to stop or breaks; returns the exit code.
+
+    Call it from the main thread. Raises ConfigError for a flag that cannot be served.
+    """
+    configure_logging(args.log_level)
+    if parts is None:
+        from sglang.srt.managers.scheduler import run_scheduler
+
+        parts = Parts(run_scheduler)
+    started_s = time.monotonic()
+    group = ProcessGroup()
+    with _listening(args) as listener, ipc_directory() as ipc:
+        try:
+            with _interruptible():
+                group.spawn(
+                    [
+                        ChildSpec(SCHEDULER, parts.scheduler, (args, ipc, 0), args.log_level),
+                        ChildSpec(DETOKENIZER, parts.detokenizer, (args, ipc), args.log_level),
+                    ]
+                )
+                model = parts.load_model(args)
+                infos = group.wait_ready()
+            manager = TokenizerManager(
+                PromptEncoder(
+                    model.tokenizer,
+                    Limits(model.vocab_size, model.context_length, args.allow_auto_truncate),
+                ),
+                ipc,
+                log=RequestLog(args.log_requests_level) if args.log_requests else None,
+            )
+            state = ServerState(args, manager, model, infos[SCHEDULER])
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(_serve(state, group, listener, ipc, started_s))
+        except _Interrupted:
+            return 0
+        except StartFailed as error:
+            print(f"sglang: error: {error}", file=sys.stderr)
+            return 1
+        finally:
+            group.terminate()
+
+
+async def _serve(
+    state: ServerState,
+    group: ProcessGroup,
+    listener: socket.socket,
+    ipc: IpcNames,
+    started_s: float,
+) -> int:
+    await state.manager.start()
+    server = HttpServer(build_app(state), state.args.log_level_http or state.args.log_level)
+    return await Lifecycle(state, group, server, listener, ipc, started_s).run()
+
+
+@contextmanager
+def _listening(args: ServerArgs) -> Iterator[socket.socket]:
+    """The bound socket, taken before anything slow: a port in use is known at once."""
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((args.host, args.port))
+        except OSError as error:
+            raise ConfigError(
+                f"--host {args.host} --port {args.port} cannot be listened on: {error.strerror}"
+            ) from None
+        yield listener
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Both signals raise _Interrupted inside, so that nothing is left behind."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise _Interrupted
+
+    previous = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)

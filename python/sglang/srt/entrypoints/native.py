@@ -1,0 +1,260 @@
+"""SGLang's own API: POST /generate."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, TypedDict
+
+import pydantic
+from fastapi import APIRouter, Request, Response
+
+from sglang.srt.entrypoints.error_forms import (
+    JsonResponse,
+    native_event_of,
+    raise_if_refused,
+)
+from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
+from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.server_state import ServerState, state_of
+from sglang.srt.entrypoints.streaming import (
+    DONE,
+    EventStream,
+    begin,
+    event,
+    unless_client_leaves,
+)
+from sglang.srt.entrypoints.value_types import OneOrManyIds, OneOrManyTexts, is_batch_of_ids
+from sglang.srt.errors import Overloaded, RequestError
+from sglang.srt.managers.answers import Answer, Update
+from sglang.srt.managers.prompts import Prompt, namespace_of
+from sglang.srt.managers.tokenizer_manager import EngineFailed
+from sglang.srt.messages import FinishReason
+from sglang.srt.sampling_params import SamplingParams
+
+router = APIRouter()
+
+NEUTRAL: Neutral = {
+    "input_embeds": ABSENT,
+    "image_data": ABSENT,
+    "video_data": ABSENT,
+    "audio_data": ABSENT,
+    "mm_hashes": ABSENT,
+    "use_audio_in_video": OFF,
+    "return_logprob": OFF,
+    "logprob_start_len": (None, -1),
+    "top_logprobs_num": (None, 0),
+    "token_ids_logprob": ABSENT,
+    "return_text_in_logprobs": (None, False, True),
+    "return_sampling_mask": OFF,
+    "return_hidden_states": OFF,
+    "return_routed_experts": OFF,
+    "routed_experts_start_len": (None, 0),
+    "return_indexer_topk": OFF,
+    "return_entropy": OFF,
+    "return_bytes": OFF,
+    "modalities": ABSENT,
+    "session_id": ABSENT,
+    "session_params": ABSENT,
+    "lora_path": ABSENT,
+    "lora_id": ABSENT,
+    "custom_logit_processor": ABSENT,
+    "positional_embed_overrides": ABSENT,
+    "bootstrap_host": ABSENT,
+    "bootstrap_port": ABSENT,
+    "bootstrap_room": ABSENT,
+    "bootstrap_pair_key": ABSENT,
+    "decode_tp_size": ABSENT,
+    "routed_dp_rank": (None, 0),
+    "data_parallel_rank": (None, 0),
+    "disagg_prefill_dp_rank": ABSENT,
+    "require_reasoning": OFF,
+    "background": OFF,
+    "priority": (None,),
+    "need_wait_for_mm_inputs": OFF,
+    "num_items_assigned": ABSENT,
+    "mm_data_mooncake": ABSENT,
+    "encoder_urls": ABSENT,
+    "max_dynamic_patch": ABSENT,
+    "min_dynamic_patch": ABSENT,
+    "image_max_dynamic_patch": ABSENT,
+    "video_max_dynamic_patch": ABSENT,
+    "images_config": ABSENT,
+    "multi_item_delimiter_indices": ABSENT,
+}
+INFORMATIONAL = frozenset(
+    {
+        "conversation_id",
+        "custom_labels",
+        "external_trace_header",
+        "http_worker_ipc",
+        "log_metrics",
+        "no_logs",
+        "received_time",
+        "routing_key",
+    }
+)
+
+
+class _Row(TypedDict, total=False):
+    """Prompt's `text` or `input_ids`."""
+
+    text: str
+    input_ids: Any
+
+
+class GenerateBody(pydantic.BaseModel):
+    """The fields of /generate that this server acts on."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    text: OneOrManyTexts | None = None
+    input_ids: OneOrManyIds | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    rid: OneOrManyTexts | None = None
+    stream: bool = False
+    extra_key: OneOrManyTexts | None = None
+    cache_salt: OneOrManyTexts | None = None
+    return_prompt_token_ids: bool = False
+
+
+@router.api_route("/generate", methods=["POST", "PUT"])
+async def generate(request: Request) -> Response:
+    state = state_of(request)
+    raw = without_unsupported(await read_object(request), NEUTRAL, INFORMATIONAL)
+    body = checked(GenerateBody, raw)
+    prompts, batched = prompts_of(body, state)
+    several = batched or sum(prompt.sampling.n for prompt in prompts) > 1
+    updates = state.manager.generate(prompts, rid=body.rid, stream=body.stream)
+    form = _Form(state, body, several)
+
+    if body.stream:
+        head, updates = await begin(request, updates)
+        if not several:
+            raise_if_refused(head.answer.finish)
+        return EventStream(_events(updates, form))
+
+    results = await unless_client_leaves(request, _collect(updates, form))
+    return JsonResponse(results if several else results[0])
+
+
+def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether the client sent a batch. Raises RequestError."""
+    texts, ids = body.text, body.input_ids
+    if (texts is None) == (ids is None):
+        problem = "got both" if texts is not None else "got neither"
+        raise RequestError(f"text: give exactly one of text and input_ids, {problem}", "text")
+    rows: list[_Row]
+    if texts is not None:
+        batched, field = isinstance(texts, list), "text"
+        rows = [_Row(text=text) for text in (texts if isinstance(texts, list) else [texts])]
+    else:
+        batched, field = is_batch_of_ids(ids), "input_ids"
+        rows = [_Row(input_ids=row) for row in (ids if is_batch_of_ids(ids) else [ids])]
+    if not rows:
+        raise RequestError(f"{field}: the batch is empty", field)
+    count = len(rows)
+    sampling = _each("sampling_params", body.sampling_params, count)
+    extra_keys = _each("extra_key", body.extra_key, count)
+    salts = _each("cache_salt", body.cache_salt, count)
+    defaults = state.args.preferred_sampling_params or {}
+    prompts = [
+        Prompt(
+            sampling=SamplingParams.parse(
+                {**defaults, **(sampling[i] or {})}, vocab_size=state.model.vocab_size
+            ),
+            namespace=namespace_of(extra_keys[i], salts[i]),
+            field=field,
+            **row,
+        )
+        for i, row in enumerate(rows)
+    ]
+    return prompts, batched
+
+
+def meta_info(answer: Answer) -> dict[str, Any]:
+    """What /generate tells of an answer beside its text."""
+    info: dict[str, Any] = {
+        "id": answer.rid,
+        "finish_reason": finish_dict(answer.finish),
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "cached_tokens": answer.cached_tokens,
+        "reasoning_tokens": 0,
+        "num_retractions": answer.retractions,
+        "weight_version": "default",
+        "dp_rank": None,
+    }
+    if answer.e2e_latency_s is not None:
+        info["e2e_latency"] = answer.e2e_latency_s
+    return info
+
+
+def finish_dict(finish: FinishReason | None) -> dict[str, Any] | None:
+    match finish:
+        case None:
+            return None
+        case FinishReason(type="stop"):
+            return {"type": "stop", "matched": finish.matched}
+        case FinishReason(type="length"):
+            return {"type": "length", "length": finish.length}
+        case _:
+            return {
+                "type": "abort",
+                "message": finish.message,
+                "status_code": finish.status_code,
+                "err_type": None,
+            }
+
+
+class _Form:
+    """How this call's results look."""
+
+    def __init__(self, state: ServerState, body: GenerateBody, several: bool) -> None:
+        self._with_text = state.model.tokenizer is not None
+        self._incremental = body.stream and state.args.incremental_streaming_output
+        self._with_prompt_ids = body.return_prompt_token_ids
+        self._with_index = body.stream and several
+
+    def result(self, update: Update) -> dict[str, Any]:
+        answer = update.answer
+        result: dict[str, Any] = {}
+        if self._with_text:
+            result["text"] = update.new_text if self._incremental else answer.text
+        result["output_ids"] = update.new_ids if self._incremental else answer.output_ids
+        result["meta_info"] = meta_info(answer)
+        if self._with_prompt_ids:
+            result["prompt_token_ids"] = answer.prompt.input_ids
+        if self._with_index:
+            result["index"] = answer.index
+        return result
+
+
+async def _events(
+    updates: AsyncGenerator[Update, None], form: _Form
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(updates):
+        try:
+            async for update in updates:
+                yield event(form.result(update))
+        except (RequestError, Overloaded, EngineFailed) as error:
+            yield event(native_event_of(error))
+        yield DONE
+
+
+async def _collect(updates: AsyncGenerator[Update, None], form: _Form) -> list[dict[str, Any]]:
+    results: dict[int, dict[str, Any]] = {}
+    async with aclosing(updates):
+        async for update in updates:
+            raise_if_refused(update.answer.finish)
+            results[update.answer.index] = form.result(update)
+    return [results[index] for index in sorted(results)]
+
+
+def _each(field: str, value: Any, count: int) -> list[Any]:
+    """One value for each prompt: a list is taken element by element, anything else by all."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{field}: got {len(value)} values for {count} prompts", field)
+    return value

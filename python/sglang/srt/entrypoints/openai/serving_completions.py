@@ -1,0 +1,113 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_refused
+from sglang.srt.entrypoints.fields import without_unsupported
+from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.openai.protocol import (
+    COMPLETION_NEUTRAL,
+    INFORMATIONAL,
+    CompletionBody,
+)
+from sglang.srt.entrypoints.openai.responses import Reply, check_model, finish_fields
+from sglang.srt.entrypoints.openai.sampling import openai_names, sampling_of
+from sglang.srt.entrypoints.server_state import ServerState, state_of
+from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_leaves
+from sglang.srt.entrypoints.value_types import is_batch_of_ids
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.answers import Answer, Update
+from sglang.srt.managers.prompts import Prompt, namespace_of
+
+router = APIRouter()
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    state = state_of(request)
+    raw = without_unsupported(
+        await read_object(request, typed=True), COMPLETION_NEUTRAL, INFORMATIONAL
+    )
+    body = checked(CompletionBody, raw)
+    model = check_model(body.model, state)
+    with openai_names():
+        prompts = _prompts(body, state)
+        n = prompts[0].sampling.n
+        reply = Reply(
+            state,
+            model=model,
+            kind="text_completion",
+            answers_per_prompt=n,
+            options=body.stream_options,
+        )
+        shape = _Shape(body, prompts, n, state)
+        updates = state.manager.generate(prompts, rid=body.rid, stream=bool(body.stream))
+        if body.stream:
+            head, updates = await begin(request, updates)
+            raise_if_refused(head.answer.finish)
+            return EventStream(reply.events(updates, shape.chunks))
+        return JsonResponse(await unless_client_leaves(request, reply.whole(updates, shape.whole)))
+
+
+class _Shape:
+    """The choices of one call; with `echo`, each starts with its prompt."""
+
+    def __init__(
+        self, body: CompletionBody, prompts: list[Prompt], n: int, state: ServerState
+    ) -> None:
+        self._n = n
+        self._echo: list[str] | None = None
+        self._started: set[int] = set()
+        if body.echo:
+            decode = state.manager.encoder.decode
+            self._echo = [
+                p.text if p.text is not None else decode(p.input_ids or [], field="prompt")
+                for p in prompts
+            ]
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        return self._choice(answer, self._prefix(answer) + answer.text)
+
+    def chunks(self, update: Update) -> list[dict[str, Any]]:
+        answer, text = update.answer, update.new_text
+        if answer.index not in self._started:
+            self._started.add(answer.index)
+            text = self._prefix(answer) + text
+        if not text and answer.finish is None:
+            return []
+        return [self._choice(answer, text)]
+
+    def _prefix(self, answer: Answer) -> str:
+        return "" if self._echo is None else self._echo[answer.index // self._n]
+
+    def _choice(self, answer: Answer, text: str) -> dict[str, Any]:
+        return {"index": answer.index, "text": text, "logprobs": None, **finish_fields(answer)}
+
+
+def _prompts(body: CompletionBody, state: ServerState) -> list[Prompt]:
+    sampling = sampling_of(
+        body,
+        max_new_tokens=_DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+        vocab_size=state.model.vocab_size,
+    )
+    namespace = namespace_of(body.extra_key, body.cache_salt)
+    given: Any = body.prompt
+    if isinstance(given, str):
+        texts, rows = [given], []
+    elif is_batch_of_ids(given):
+        texts, rows = [], given
+    elif given and isinstance(given[0], int):
+        texts, rows = [], [given]
+    else:
+        texts, rows = given, []
+    prompts = [Prompt(sampling, text=t, namespace=namespace, field="prompt") for t in texts]
+    prompts += [Prompt(sampling, input_ids=r, namespace=namespace, field="prompt") for r in rows]
+    if not prompts:
+        raise RequestError("prompt: must not be empty", "prompt")
+    return prompts

@@ -1,0 +1,65 @@
+"""/tokenize and /detokenize, with and without /v1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from sglang.srt.entrypoints.error_forms import JsonResponse
+from sglang.srt.entrypoints.fields import without_unsupported
+from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.openai.chat_template import render
+from sglang.srt.entrypoints.openai.protocol import TOKENIZE_NEUTRAL, DetokenizeBody, TokenizeBody
+from sglang.srt.entrypoints.openai.responses import check_model
+from sglang.srt.entrypoints.server_state import state_of
+from sglang.srt.entrypoints.value_types import is_batch_of_ids
+from sglang.srt.errors import RequestError
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize")
+async def tokenize(request: Request) -> Response:
+    state = state_of(request)
+    body = checked(TokenizeBody, without_unsupported(await read_object(request), TOKENIZE_NEUTRAL))
+    check_model(body.model, state)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("prompt: give exactly one of prompt and messages", "prompt")
+    encoder = state.manager.encoder
+    tokens: list[Any]
+    count: int | list[int]
+    if body.messages is not None:
+        text = render(
+            state.model.tokenizer,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            variables=body.chat_template_kwargs,
+        )
+        [tokens] = await encoder.tokenize([text], add_special_tokens=False)
+        count = len(tokens)
+    elif isinstance(body.prompt, str):
+        [tokens] = await encoder.tokenize([body.prompt], body.add_special_tokens)
+        count = len(tokens)
+    else:
+        tokens = await encoder.tokenize(body.prompt or [], body.add_special_tokens)
+        count = [len(row) for row in tokens]
+    return JsonResponse(
+        {"tokens": tokens, "count": count, "max_model_len": state.model.context_length}
+    )
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize")
+async def detokenize(request: Request) -> Response:
+    state = state_of(request)
+    body = checked(DetokenizeBody, await read_object(request))
+    check_model(body.model, state)
+    decode = state.manager.encoder.decode
+    skip = body.skip_special_tokens
+    tokens: Any = body.tokens
+    if is_batch_of_ids(tokens):
+        return JsonResponse({"text": [decode(row, skip, field="tokens") for row in tokens]})
+    return JsonResponse({"text": decode(tokens, skip, field="tokens")})

@@ -1,0 +1,244 @@
+"""The sampler: from logits to next token ids, batched and without waiting for the device.
+
+A random row takes the token with the largest `logit / temperature + noise`, with Gumbel noise:
+that draws exactly from the softmax. The noise is a hash of (seed, position, token id), not the
+state of a generator, so a request gets the same tokens beside any neighbours and in any lane,
+and nothing is shared between lanes.
+
+Top-k, top-p and min-p all come down to one logit per row below which nothing is chosen. Tokens
+that tie with that logit are kept, so that the outcome does not hang on the order of a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from sglang.srt.sampling_params import SamplingParams
+
+_NOISE_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of noise at a time: it stays in the L2 cache
+
+
+class Withheld(NamedTuple):
+    """Token ids that one row may not choose at positions before `until` (min_new_tokens)."""
+
+    row: int
+    token_ids: Sequence[int]
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each of B rows chooses its token; all tensors live on the device of the logits.
+
+    random_rows [R] i64: the rows that draw, None if all do; the others take the likeliest token.
+    For the random rows, in that order:
+        temperatures [R] f32, above 0
+        top_ks [R] i64, vocab_size where off
+        top_ps [R] f32, 1 where off
+        min_ps [R] f32, 0 where off
+        seeds [R] i64
+    cut_rows [C] i64: indices into the random rows of those with a top-k or top-p, None if none.
+    cut_width: how many of the likeliest tokens must be sorted to cut those rows.
+    withheld_rows, withheld_ids, withheld_until [N] i64: see Withheld; None if there are none.
+    """
+
+    num_rows: int
+    random_rows: torch.Tensor | None
+    temperatures: torch.Tensor
+    top_ks: torch.Tensor
+    top_ps: torch.Tensor
+    min_ps: torch.Tensor
+    seeds: torch.Tensor
+    any_min_p: bool
+    cut_rows: torch.Tensor | None
+    cut_width: int
+    withheld_rows: torch.Tensor | None
+    withheld_ids: torch.Tensor | None
+    withheld_until: torch.Tensor | None
+
+    @property
+    def all_greedy(self) -> bool:
+        return self.temperatures.shape[0] == 0
+
+    @classmethod
+    def from_params(
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        withheld: Sequence[Withheld] = (),
+    ) -> SamplingBatch:
+        """Row i follows params[i] and draws from seeds[i] (64 bits). Does not wait for the device.
+
+        Stays valid over decode steps until the rows change.
+        """
+        if len(params) != len(seeds):
+            raise ValueError(f"{len(params)} sampling parameters with {len(seeds)} seeds")
+
+        def on_device(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
+            # Pinned, so that the copy does not wait for what the stream has yet to do.
+            host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+            return host.to(device, non_blocking=True)
+
+        random_rows = [row for row, wish in enumerate(params) if not wish.greedy]
+        random = [params[row] for row in random_rows]
+        top_ks = [vocab_size if p.top_k < 1 else min(p.top_k, vocab_size) for p in random]
+        cut = [
+            index for index, p in enumerate(random) if top_ks[index] < vocab_size or p.top_p < 1.0
+        ]
+        flat = [(w.row, token, w.until) for w in withheld for token in w.token_ids]
+        return cls(
+            num_rows=len(params),
+            random_rows=(
+                on_device(random_rows, torch.int64) if len(random_rows) < len(params) else None
+            ),
+            temperatures=on_device([p.temperature for p in random], torch.float32),
+            top_ks=on_device(top_ks, torch.int64),
+            top_ps=on_device([p.top_p for p in random], torch.float32),
+            min_ps=on_device([p.min_p for p in random], torch.float32),
+            seeds=on_device([seeds[row] for row in random_rows], torch.int64),
+            any_min_p=any(p.min_p > 0 for p in random),
+            cut_rows=on_device(cut, torch.int64) if cut else None,
+            cut_width=max((top_ks[index] for index in cut), default=0),
+            withheld_rows=on_device([row for row, _, _ in flat], torch.int64) if flat else None,
+            withheld_ids=on_device([token for _, token, _ in flat], torch.int64) if flat else None,
+            withheld_until=on_device([until for _, _, until in flat], torch.int64)
+            if flat
+            else None,
+        )
+
+
+def sample(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Chooses one token for each row: ids [B] i64.
+
+    logits [B, vocab_size] f32, left as they are.
+    positions [B] i64: index in its sequence of the token to choose.
+    Greedy rows take the largest logit, of equal ones the lowest id.
+    """
+    if logits.dtype != torch.float32 or logits.shape[0] != batch.num_rows:
+        raise ValueError(
+            f"logits are {list(logits.shape)} {logits.dtype}, "
+            f"expected [{batch.num_rows}, vocab_size] torch.float32"
+        )
+    logits = _withhold(logits, positions, batch)
+    if batch.all_greedy:
+        return logits.argmax(dim=-1)
+    if batch.random_rows is None:
+        return _draw(logits, positions, batch)
+    ids = logits.argmax(dim=-1)
+    drawn = _draw(
+        logits.index_select(0, batch.random_rows),
+        positions.index_select(0, batch.random_rows),
+        batch,
+    )
+    return ids.index_copy_(0, batch.random_rows, drawn)
+
+
+def _withhold(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Logits with -inf at the tokens that their row may not choose yet."""
+    rows, ids, until = batch.withheld_rows, batch.withheld_ids, batch.withheld_until
+    if rows is None or ids is None or until is None:
+        return logits
+    current = logits[rows, ids]
+    masked = torch.where(positions[rows] < until, -torch.inf, current)
+    return logits.index_put((rows, ids), masked)
+
+
+def _draw(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Ids [R] i64 for the random rows: logits [R, vocab_size] f32, positions [R] i64."""
+    scaled = logits / batch.temperatures[:, None]
+    floor = _lowest_kept(scaled, batch)
+    if floor is not None:
+        scaled.masked_fill_(scaled < floor[:, None], -torch.inf)
+    rows, vocab_size = scaled.shape
+    keys = _row_keys(batch.seeds, positions)
+    columns = _mix32(torch.arange(vocab_size, dtype=torch.int32, device=logits.device))
+    step = max(1, _NOISE_CHUNK_ELEMENTS // vocab_size)
+    ids = [
+        (scaled[start : start + step] + _gumbel(keys[start : start + step], columns)).argmax(dim=-1)
+        for start in range(0, rows, step)
+    ]
+    return torch.cat(ids)
+
+
+def _lowest_kept(scaled: torch.Tensor, batch: SamplingBatch) -> torch.Tensor | None:
+    """The smallest logit that top-k, top-p and min-p leave in each row, [R] f32; None if all stay.
+
+    Top-p counts the probabilities that top-k leaves, scaled to a sum of 1, and keeps the fewest
+    that reach it. Min-p asks for a share of the largest probability, which no cut changes.
+    """
+    floor: torch.Tensor | None = None
+    if batch.cut_rows is not None:
+        cut = _sorted_cut(
+            scaled.index_select(0, batch.cut_rows),
+            batch.top_ks.index_select(0, batch.cut_rows),
+            batch.top_ps.index_select(0, batch.cut_rows),
+            batch.cut_width,
+        )
+        floor = torch.full_like(batch.temperatures, -torch.inf).index_copy_(0, batch.cut_rows, cut)
+    if batch.any_min_p:
+        by_min_p = scaled.amax(dim=-1) + batch.min_ps.log()
+        floor = by_min_p if floor is None else torch.maximum(floor, by_min_p)
+    return floor
+
+
+def _sorted_cut(
+    scaled: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, width: int
+) -> torch.Tensor:
+    """The last logit kept by top-k, then top-p: [C] f32 of scaled [C, vocab_size] f32."""
+    best = torch.topk(scaled, width, dim=-1).values
+    ranks = torch.arange(width, device=scaled.device)
+    probs = (best - best[:, :1]).exp().masked_fill(ranks >= top_ks[:, None], 0.0)
+    before = probs.cumsum(dim=-1) - probs
+    kept_by_p = (before < top_ps[:, None] * probs.sum(dim=-1, keepdim=True)).sum(dim=-1)
+    # Rounding in the sums must not cut the tail of a row that has no top-p.
+    kept = torch.where(top_ps < 1.0, kept_by_p.clamp(min=1), width).minimum(top_ks)
+    return best.gather(1, kept[:, None] - 1).squeeze(1)
+
+
+def _gumbel(keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Noise [rows, vocab_size] f32 of row keys [rows, 2] i32 and mixed ids [vocab_size] i32."""
+    bits = columns[None, :] ^ keys[:, :1]
+    return _gumbel_of_bits(_mix32(bits.add_(keys[:, 1:])))
+
+
+def _gumbel_of_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise f32 of random i32, which it overwrites.
+
+    -log(-log(u)) cares for u near 1, where f32 is coarse. So the uniform here is v = 1 - u, made
+    from 31 bits and finest near 0; it is never 0 or 1.
+    """
+    v = bits.bitwise_and_(0x7FFFFFFF).float()
+    v = v.mul_(2.0**-31 * (1 - 2.0**-23)).add_(2.0**-33)
+    return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def _row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Two 32-bit keys of each row, [R, 2] i32, from seeds [R] i64 and positions [R] i64."""
+    key = _mix64(_mix64(seeds) + positions)
+    return key[:, None].view(torch.int32)
+
+
+def _mix64(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of i64 that lets each bit of x reach all bits (finaliser of splitmix64)."""
+    x = (x ^ _shift_right(x, 30, 64)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27, 64)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31, 64)
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """The same for i32 (finaliser of MurmurHash3); overwrites x, which may be large."""
+    x.bitwise_xor_(_shift_right(x, 16, 32)).mul_(-0x7A143595)
+    x.bitwise_xor_(_shift_right(x, 13, 32)).mul_(-0x3D4D51CB)
+    return x.bitwise_xor_(_shift_right(x, 16, 32))
+
+
+def _shift_right(x: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """x >> count with zeros moved in; torch's own shift of signed integers copies the sign."""
+    return (x >> count).bitwise_and_((1 << (width - count)) - 1)

@@ -1,0 +1,65 @@
+"""One answer as it grows, and the news of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang.srt.managers.prompts import TokenizedPrompt
+from sglang.srt.messages import FinishReason, TextBatch
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """One answer as far as it has come. `index` is its place in the call, prompt by prompt.
+
+    rid: the client's or made up. call_id: the same for all answers of a call. wire_id: unique.
+    """
+
+    index: int
+    rid: str
+    call_id: str
+    wire_id: str
+    prompt: TokenizedPrompt
+    started_s: float
+    output_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    retractions: int = 0
+    finish: FinishReason | None = None
+    finished_s: float | None = None
+    _text: str = ""
+    _pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        if self._pieces:
+            self._text += "".join(self._pieces)
+            self._pieces.clear()
+        return self._text
+
+    @property
+    def e2e_latency_s(self) -> float | None:
+        return None if self.finished_s is None else self.finished_s - self.started_s
+
+    def take(self, batch: TextBatch, i: int, now_s: float) -> None:
+        """Adds entry i of a batch."""
+        if batch.text[i]:
+            self._pieces.append(batch.text[i])
+        self.output_ids += batch.new_ids[i]
+        self.prompt_tokens = batch.prompt_tokens[i]
+        self.cached_tokens = batch.cached_tokens[i]
+        self.completion_tokens = batch.completion_tokens[i]
+        self.retractions = batch.retractions[i]
+        self.finish = batch.finish[i]
+        if self.finish is not None:
+            self.finished_s = now_s
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News of one answer: what came since its last update. `answer` goes on changing."""
+
+    answer: Answer
+    new_text: str
+    new_ids: list[int]

@@ -1,0 +1,315 @@
+"""The scheduler process: receives requests, drives the gang, sends tokens. One a rank.
+
+The loop, on one thread that owns all state and never blocks on a lane:
+
+    receive   messages from the tokenizer manager and the detokenizer
+    turn      settle what has finished, plan, launch (drift_scheduler.gang)
+    send      new tokens to the detokenizer
+    control   answers to calls that waited for the engine to be idle
+    rest      until a message arrives or work finishes
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import zmq
+
+from drift_scheduler.gang import Gang
+from drift_scheduler.lane import LaneProvider, Phase
+from drift_scheduler.timeline import Timeline
+from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
+from sglang.srt.managers.outbox import Outbox
+from sglang.srt.managers.serving_engine import (
+    DecodeBatch,
+    EngineLimits,
+    PrefillBatch,
+    ServingEngine,
+)
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.sequence_cache import SequenceCache
+from sglang.srt.mem_cache.slot_allocator import SlotAllocator
+from sglang.srt.mem_cache.slot_table import RowPool
+from sglang.srt.messages import (
+    AbortRequest,
+    ControlReply,
+    FlushCache,
+    GenerateRequest,
+    GetState,
+    Message,
+    Shutdown,
+    StopMatched,
+    ToScheduler,
+)
+from sglang.srt.observability.scheduler_log import Load, SchedulerLog
+from sglang.srt.observability.watchdog import Watchdog
+from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+# Idle, the loop wakes for messages; the limit only bounds how late a deadline is noticed.
+IDLE_WAIT_MS = 200
+# With work on lanes that cannot wake us: short against a decode step, long against a poll.
+BUSY_POLL_S = 50e-6
+
+
+@dataclass(slots=True)
+class _PendingFlush:
+    call_id: int
+    deadline_s: float
+
+
+class Scheduler:
+    """State and loop of the process; `Executor` parts are given, so that tests can fake them."""
+
+    def __init__(
+        self,
+        *,
+        engine: ServingEngine,
+        gang: Gang[PrefillBatch, DecodeBatch],
+        timeline: Timeline,
+        cache: SequenceCache,
+        outbox: Outbox,
+        lanes: LaneProvider,
+        inbox: Receiver[Any],
+        to_tokenizer: Sender,
+        to_detokenizer: Sender,
+        watchdog: Watchdog,
+        log: SchedulerLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._gang = gang
+        self._timeline = timeline
+        self._cache = cache
+        self._outbox = outbox
+        self._lanes = lanes
+        self._inbox = inbox
+        self._to_tokenizer = to_tokenizer
+        self._to_detokenizer = to_detokenizer
+        self._watchdog = watchdog
+        self._log = log
+        self._clock = clock
+        self._flushes: list[_PendingFlush] = []
+        self._checked_idle = False
+        self._running = True
+
+    def run(self) -> None:
+        """Serves until Shutdown arrives."""
+        while self._running:
+            self._receive()
+            progressed = self._gang.turn()
+            self._send()
+            self._control()
+            if not progressed:
+                self._rest()
+
+    def load(self) -> Load:
+        """For the log lines. Cached prefixes that can be evicted do not count as used."""
+        total = self._cache.allocator.total
+        used = total - self._cache.available_tokens
+        return Load(
+            token_usage=used / total,
+            used_tokens=used,
+            running=self._engine.num_running,
+            queued=self._engine.queued,
+        )
+
+    def _receive(self) -> None:
+        for message in self._inbox.drain():
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case GenerateRequest():
+                self._engine.add(message)
+            case StopMatched():
+                self._engine.stop_matched(message.rid)
+            case AbortRequest():
+                self._engine.abort(message.rid, abort_all=message.abort_all)
+            case FlushCache():
+                deadline_s = self._clock() + message.timeout_s
+                self._flushes.append(_PendingFlush(message.call_id, deadline_s))
+            case GetState():
+                reply = ControlReply(call_id=message.call_id, ok=True, data=self._state())
+                self._to_tokenizer.send(reply)
+            case Shutdown():
+                self._running = False
+                self._to_detokenizer.send(message)
+            case _:
+                raise AssertionError(f"the scheduler does not take {type(message).__name__}")
+
+    def _send(self) -> None:
+        batch = self._outbox.flush()
+        if batch is not None:
+            self._to_detokenizer.send(batch)
+
+    def _control(self) -> None:
+        """Flushes wait for an idle engine; every account must then be in order."""
+        idle = self._engine.idle and self._gang.idle
+        if idle and not self._checked_idle:
+            self._engine.check()
+        self._checked_idle = idle
+        for flush in list(self._flushes):
+            if idle:
+                self._engine.reset_cache()
+                reply = ControlReply(call_id=flush.call_id, ok=True, message="Cache flushed.")
+            elif self._clock() >= flush.deadline_s:
+                reply = ControlReply(
+                    call_id=flush.call_id,
+                    ok=False,
+                    message=f"Cache not flushed: {self._engine.num_running} requests are running "
+                    f"and {self._engine.queued} are waiting.",
+                )
+            else:
+                continue
+            self._flushes.remove(flush)
+            self._to_tokenizer.send(reply)
+
+    def _rest(self) -> None:
+        if self._gang.stalled_s() < self._watchdog.timeout_s:
+            self._watchdog.beat()
+        if self._gang.idle:
+            self._inbox.wait(IDLE_WAIT_MS)
+            return
+        fd = self._lanes.completion_fd()
+        if fd is None:
+            time.sleep(BUSY_POLL_S)
+            return
+        self._inbox.wait(IDLE_WAIT_MS, fd)
+        _drain(fd)
+
+    def _state(self) -> dict[str, Any]:
+        """One entry of /server_info's internal_states."""
+        load = self.load()
+        return {
+            "last_gen_throughput": self._log.gen_throughput,
+            "running_requests": load.running,
+            "waiting_requests": load.queued,
+            "used_tokens": load.used_tokens,
+            "token_usage": load.token_usage,
+            "cached_tokens": self._cache.radix.evictable + self._cache.radix.protected,
+            "retractions": self._engine.retractions,
+            "pd_multiplex": {
+                "enabled": bool(self._lanes.table.splits),
+                "prefill_busy_s": self._timeline.busy_s(Phase.PREFILL),
+                "decode_busy_s": self._timeline.busy_s(Phase.DECODE),
+                "both_busy_s": self._timeline.both_busy_s,
+                "partitions": [
+                    {
+                        "prefill_sms": partition.prefill_sms,
+                        "decode_sms": partition.decode_sms,
+                        "exclusive": partition.exclusive,
+                        "launches": self._timeline.launches(partition),
+                    }
+                    for partition in map(
+                        self._lanes.table.__getitem__, range(len(self._lanes.table))
+                    )
+                ],
+            },
+        }
+
+
+def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Connection) -> None:
+    """Process main. Returns after Shutdown; whatever it raises ends the server."""
+    from sglang.srt.model_executor.bring_up import bring_up
+
+    executor = bring_up(server_args)
+    page_size = server_args.page_size
+    allocator = SlotAllocator(executor.num_slots, page_size)
+    radix = RadixCache(page_size, allocator.free, enabled=not server_args.disable_radix_cache)
+    cache = SequenceCache(radix, allocator)
+    outbox = Outbox(server_args.stream_interval)
+    log = SchedulerLog(server_args.decode_log_interval)
+    timeline = Timeline()
+
+    def log_prefill(batch: PrefillBatch) -> None:
+        log.prefill(
+            seqs=batch.requests,
+            new_tokens=batch.tokens,
+            cached_tokens=batch.cached_tokens,
+            load=scheduler.load(),
+        )
+
+    def log_decode(batch: DecodeBatch) -> None:
+        log.decode(requests=batch.requests, load=scheduler.load)
+
+    engine = ServingEngine(
+        executor.runner,
+        cache,
+        RowPool(executor.num_rows),
+        EngineLimits(
+            context_length=executor.config.context_length,
+            prefill_tokens=executor.prefill_tokens,
+            chunked=server_args.chunked_prefill_size != -1,
+            prefill_max_requests=server_args.prefill_max_requests,
+            max_queued=server_args.max_queued_requests,
+            conservativeness=server_args.schedule_conservativeness,
+            schedule_policy=server_args.schedule_policy,
+        ),
+        eos_token_ids=executor.config.eos_token_ids,
+        outbox=outbox,
+        random_seed=_random_seed(server_args),
+        on_prefill=log_prefill,
+        on_decode=log_decode,
+    )
+    gang = Gang(engine, executor.lanes, executor.dispatcher, timeline, time.monotonic)
+    watchdog = Watchdog(server_args.watchdog_timeout)
+    with zmq.Context() as context:
+        inbox: Receiver[Any] = Receiver(context, ipc.scheduler, ToScheduler)
+        to_tokenizer = Sender(context, ipc.tokenizer)
+        to_detokenizer = Sender(context, ipc.detokenizer)
+        scheduler = Scheduler(
+            engine=engine,
+            gang=gang,
+            timeline=timeline,
+            cache=cache,
+            outbox=outbox,
+            lanes=executor.lanes,
+            inbox=inbox,
+            to_tokenizer=to_tokenizer,
+            to_detokenizer=to_detokenizer,
+            watchdog=watchdog,
+            log=log,
+        )
+        gc.collect()
+        gc.freeze()  # model and tables live as long as the process: no need to walk them again
+        watchdog.start()
+        announce_ready(
+            ready,
+            {
+                "max_total_num_tokens": allocator.total,
+                "max_req_input_len": min(executor.config.context_length, allocator.total) - 1,
+                "max_running_requests": executor.num_rows - 1,
+                "attention_backend": executor.attention_backend,
+                "device": str(executor.device),
+            },
+        )
+        try:
+            scheduler.run()
+        finally:
+            watchdog.stop()
+            inbox.close()
+            to_tokenizer.close()
+            to_detokenizer.close()
+    executor.lanes.close()
+
+
+def _random_seed(server_args: ServerArgs) -> int:
+    given = server_args.random_seed
+    return int.from_bytes(os.urandom(8)) if given is None else given
+
+
+def _drain(fd: int) -> None:
+    """Clears a completion counter; it may have been cleared already."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        return

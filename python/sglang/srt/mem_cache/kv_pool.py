@@ -1,0 +1,37 @@
+"""DeviceKVPool: the keys and values of every slot."""
+
+from __future__ import annotations
+
+import torch
+
+
+class DeviceKVPool:
+    """One allocation for keys and one for values, each [layers, slots, kv_heads, head_dim].
+
+    It only holds bytes: who owns a slot is the allocator's business. Slots start as zeros, so that
+    reading one that was never written (the scratch slot of a padded batch) yields finite numbers.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (num_layers, num_slots, kv_heads, head_dim)
+        self.num_slots = num_slots
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes that one token takes, keys and values of all layers."""
+        num_layers, _, kv_heads, head_dim = self.keys.shape
+        return 2 * num_layers * kv_heads * head_dim * self.keys.itemsize
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) of one layer, each [slots, kv_heads, head_dim], views of the pool."""
+        return self.keys[index], self.values[index]

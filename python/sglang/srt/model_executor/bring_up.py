@@ -1,0 +1,234 @@
+"""Bring-up: from flags to lanes, a loaded model, and pools that fit the memory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from drift_scheduler.dispatcher import Dispatcher, SplitByBatchSize, TakeTurns, even_thresholds
+from drift_scheduler.lane import LaneProvider, Phase
+from drift_scheduler.partition import PartitionError
+from sglang.srt.errors import ConfigError
+from sglang.srt.layers.attention.base import AttentionBackend
+from sglang.srt.layers.attention.torch_native import TorchNativeAttention
+from sglang.srt.mem_cache.kv_pool import DeviceKVPool
+from sglang.srt.model_config import ModelConfig
+from sglang.srt.model_executor.model_runner import LaneKey, ModelRunner
+from sglang.srt.model_loader import load_model
+from sglang.srt.model_source import resolve_model_source
+from sglang.srt.pdmux_config import PdmuxConfig
+from sglang.srt.server_args import ServerArgs, resolve_device
+
+logger = logging.getLogger(__name__)
+
+GPU_MEM_FRACTION = 0.88
+# Of the memory that is free once the weights are loaded; a CPU server shares its machine.
+CPU_MEM_FRACTION = 0.4
+GPU_MAX_RUNNING = 256
+CPU_MAX_RUNNING = 64
+GPU_CHUNK_TOKENS = 8192
+CPU_CHUNK_TOKENS = 2048
+DECODE_DEPTH = 2  # one step runs, the next is already launched
+
+
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """All that the scheduler process needs to run a model."""
+
+    config: ModelConfig
+    lanes: LaneProvider
+    dispatcher: Dispatcher
+    runner: ModelRunner
+    num_slots: int
+    num_rows: int
+    prefill_tokens: int
+    attention_backend: str
+    device: torch.device
+
+
+def bring_up(args: ServerArgs) -> Executor:
+    """Loads the model and sizes everything. Raises ConfigError naming the flag."""
+    device = _device(args)
+    pdmux = args.pdmux()
+    lanes = make_lanes(device, pdmux)
+    dispatcher = make_dispatcher(lanes, pdmux, 1 if args.disable_overlap_schedule else DECODE_DEPTH)
+    source = resolve_model_source(
+        args.model_path,
+        load_format=args.load_format,
+        revision=args.revision,
+        download_dir=args.download_dir,
+    )
+    config = ModelConfig.load(
+        source,
+        dtype=args.dtype,
+        device=device,
+        context_length=args.context_length,
+        override_args=args.json_model_override_args,
+        trust_remote_code=args.trust_remote_code,
+    )
+    model = load_model(source, config, device, seed=args.random_seed or 0)
+    on_gpu = device.type == "cuda"
+    num_rows = 1 + (args.max_running_requests or (GPU_MAX_RUNNING if on_gpu else CPU_MAX_RUNNING))
+    table_bytes = num_rows * config.context_length * torch.int32.itemsize
+    num_slots = _num_slots(args, config, device, reserved_bytes=table_bytes)
+    pool = DeviceKVPool(
+        num_slots,
+        config.num_layers,
+        config.num_kv_heads,
+        config.head_dim,
+        config.dtype,
+        device,
+    )
+    backend = _attention_backend(args, device)
+    runner = ModelRunner(
+        model,
+        device=device,
+        num_rows=num_rows,
+        attention=_attention_by_lane(backend, lanes, pool, config),
+    )
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    logger.info(
+        "KV pool: %d tokens, %.2f GB; attention: %s; up to %d requests at once",
+        num_slots - args.page_size,
+        num_slots * config.kv_bytes_per_token / 1e9,
+        backend,
+        num_rows - 1,
+    )
+    return Executor(
+        config=config,
+        lanes=lanes,
+        dispatcher=dispatcher,
+        runner=runner,
+        num_slots=num_slots,
+        num_rows=num_rows,
+        prefill_tokens=_prefill_tokens(args, on_gpu),
+        attention_backend=backend,
+        device=device,
+    )
+
+
+def make_lanes(device: torch.device, pdmux: PdmuxConfig | None) -> LaneProvider:
+    """Lanes of the whole device, and of its splits when multiplexing. Raises ConfigError."""
+    shares = [row.decode_sms for row in pdmux.manual_divisions] if pdmux else []
+    if shares != sorted(set(shares)):
+        raise ConfigError(f"manual_divisions must have rising decode SMs, got {shares}")
+    split_count = pdmux.sm_group_num - 2 if pdmux else 0
+    try:
+        if device.type == "cuda":
+            from drift_scheduler.lane_cuda import CudaLanes
+
+            lanes: LaneProvider = CudaLanes(device, split_count, shares or None)
+        else:
+            from drift_scheduler.lane_cpu import CpuLanes
+
+            lanes = CpuLanes(split_count, shares or None)
+    except PartitionError as error:
+        raise ConfigError(f"--enable-pd-multiplex: {error}") from error
+    splits = lanes.table.splits
+    if splits:
+        logger.info(
+            "Partitions (prefill/decode %s): %s",
+            "SMs" if device.type == "cuda" else "cores",
+            ", ".join(f"{split.prefill_sms}/{split.decode_sms}" for split in splits),
+        )
+    return lanes
+
+
+def make_dispatcher(lanes: LaneProvider, pdmux: PdmuxConfig | None, depth: int) -> Dispatcher:
+    """The policy that the flags ask for."""
+    if pdmux is None:
+        return TakeTurns(lanes.table, decode_depth=depth)
+    splits = lanes.table.splits
+    thresholds = even_thresholds(len(splits), pdmux.decode_bs_divisor)
+    if pdmux.manual_divisions:
+        # Rows whose shares were rounded to the same split: the smallest threshold counts.
+        by_share: dict[int, int] = {}
+        for row in pdmux.manual_divisions:
+            by_share.setdefault(lanes.granted[row.decode_sms], row.min_decode_reqs)
+        thresholds = tuple(by_share[split.decode_sms] for split in splits)
+    return SplitByBatchSize(
+        lanes.table,
+        thresholds,
+        layer_token_budget=pdmux.split_forward_token_budget,
+        decode_depth=depth,
+    )
+
+
+def _device(args: ServerArgs) -> torch.device:
+    if resolve_device(args) == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(args.base_gpu_id)
+    return torch.device("cuda", args.base_gpu_id)
+
+
+def _prefill_tokens(args: ServerArgs, on_gpu: bool) -> int:
+    chunk = args.chunked_prefill_size
+    if chunk == -1:
+        return args.max_prefill_tokens
+    default = GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS
+    page = args.page_size
+    return min(args.max_prefill_tokens, chunk or default) // page * page
+
+
+def _num_slots(
+    args: ServerArgs, config: ModelConfig, device: torch.device, reserved_bytes: int
+) -> int:
+    """Slots of the KV pool, the scratch page included: a multiple of the page size."""
+    page = args.page_size
+    room_bytes = _room_bytes(args, device) - reserved_bytes
+    fits = int(room_bytes // config.kv_bytes_per_token) // page * page - page
+    wanted = args.max_total_tokens
+    if wanted is not None and wanted > fits:
+        raise ConfigError(
+            f"--max-total-tokens {wanted} does not fit: memory has room for {max(fits, 0)}; lower "
+            "it or raise --mem-fraction-static"
+        )
+    tokens = fits if wanted is None else wanted // page * page
+    if tokens < page:
+        raise ConfigError(
+            f"no room for a KV pool: {room_bytes / 1e9:.2f} GB are left beside the weights; raise "
+            "--mem-fraction-static or take a device with more memory"
+        )
+    return tokens + page
+
+
+def _room_bytes(args: ServerArgs, device: torch.device) -> float:
+    if device.type == "cpu":
+        fraction = args.mem_fraction_static or CPU_MEM_FRACTION
+        return fraction * float(psutil.virtual_memory().available)
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    fraction = args.mem_fraction_static or GPU_MEM_FRACTION
+    return free_bytes - (1 - fraction) * total_bytes
+
+
+def _attention_backend(args: ServerArgs, device: torch.device) -> str:
+    if args.attention_backend != "auto":
+        return args.attention_backend
+    return "triton" if device.type == "cuda" else "torch_native"
+
+
+def _attention_by_lane(
+    backend: str,
+    lanes: LaneProvider,
+    pool: DeviceKVPool,
+    config: ModelConfig,
+) -> dict[LaneKey, AttentionBackend]:
+    """One backend with its own scratch for every lane, sized for the lane's SMs."""
+
+    def make(sms: int) -> AttentionBackend:
+        if backend == "torch_native":
+            return TorchNativeAttention(pool, config)
+        from sglang.srt.layers.attention.triton_backend import TritonAttention
+
+        return TritonAttention(pool, config, num_sms=sms)
+
+    return {
+        (phase, index): make(lanes.lane(phase, lanes.table[index]).sms)
+        for phase in Phase
+        for index in range(len(lanes.table))
+    }

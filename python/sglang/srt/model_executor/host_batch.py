@@ -1,0 +1,129 @@
+"""HostBatch: the integers of one launch, as the engine thread builds them.
+
+All of them cross to the device in one copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang.srt.model_executor.forward_batch import ForwardBatch
+from sglang.srt.sampling_params import SamplingParams
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One request whose next token this launch chooses.
+
+    position: index of the token to be sampled, which also seeds its randomness.
+    withheld_ids cannot be chosen at positions before withheld_until (min_new_tokens).
+    """
+
+    rid: str
+    sampling: SamplingParams
+    seed: int
+    position: int
+    withheld_ids: tuple[int, ...] = ()
+    withheld_until: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostBatch:
+    """See ForwardBatch for the index spaces; arrays are i64 on the host.
+
+    input_ids [tokens]; empty in decode, whose ids wait on the device in the relay table.
+    table_index, table_slots: flat writes to the slot table that this launch brings up to date.
+    samples: the requests that get a token, and sample_tokens [samples], the flattened token
+    index whose logits choose it; sample_rows [samples] where it goes in the relay table.
+    """
+
+    is_decode: bool
+    input_ids: Ints
+    positions: Ints
+    token_slots: Ints
+    rows: Ints
+    seq_lens: Ints
+    new_lens: Ints
+    table_index: Ints
+    table_slots: Ints
+    samples: tuple[SampleRow, ...]
+    sample_tokens: Ints
+    sample_rows: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A HostBatch on the device."""
+
+    forward: ForwardBatch
+    input_ids: torch.Tensor
+    table_index: torch.Tensor
+    table_slots: torch.Tensor
+    sample_tokens: torch.Tensor
+    sample_rows: torch.Tensor
+    sample_positions: torch.Tensor
+
+
+def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
+    """Copies the batch to slot_table's device, asynchronously on the current stream."""
+    starts = np.zeros(len(host.new_lens) + 1, dtype=np.int64)
+    np.cumsum(host.new_lens, out=starts[1:])
+    positions = np.asarray([row.position for row in host.samples], dtype=np.int64)
+    parts = [
+        host.input_ids,
+        host.positions,
+        host.token_slots,
+        host.rows,
+        host.seq_lens,
+        host.new_lens,
+        starts,
+        host.table_index,
+        host.table_slots,
+        host.sample_tokens,
+        host.sample_rows,
+        positions,
+    ]
+    packed = torch.from_numpy(np.concatenate(parts))
+    if slot_table.is_cuda:
+        packed = packed.pin_memory().to(slot_table.device, non_blocking=True)
+    (
+        input_ids,
+        token_positions,
+        token_slots,
+        rows,
+        seq_lens,
+        new_lens,
+        new_starts,
+        table_index,
+        table_slots,
+        sample_tokens,
+        sample_rows,
+        sample_positions,
+    ) = packed.split([len(part) for part in parts])
+    forward = ForwardBatch(
+        is_decode=host.is_decode,
+        token_slots=token_slots,
+        positions=token_positions,
+        rows=rows,
+        seq_lens=seq_lens.to(torch.int32),
+        new_lens=new_lens.to(torch.int32),
+        new_starts=new_starts.to(torch.int32),
+        slot_table=slot_table,
+        new_lens_host=host.new_lens.tolist(),
+        seq_lens_host=host.seq_lens.tolist(),
+    )
+    return DeviceBatch(
+        forward,
+        input_ids,
+        table_index,
+        table_slots.to(torch.int32),
+        sample_tokens,
+        sample_rows,
+        sample_positions,
+    )

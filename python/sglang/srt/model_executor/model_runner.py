@@ -1,0 +1,174 @@
+"""ModelRunner: everything that touches the device, as work for lanes.
+
+`start(batch)` gives a ModelRun; its `slice_work` returns closures that a lane enqueues (CUDA) or
+computes (CPU). A closure reads only what it captured: the engine's state may have moved on.
+Work of one phase runs in the order of launch whatever its lane, so tensors may pass from one
+slice to the next, and memory freed by one is safe to use for another.
+
+Tables on the device, shared by both phases, which write disjoint rows of them:
+    slot_table  [rows, context] i32  slot of every token of every request
+    relay       [rows] i64           the token each request generated last, the next step's input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from drift_scheduler.lane import Lane, Phase, Work
+from sglang.srt.layers.attention.base import AttentionBackend
+from sglang.srt.layers.sampler import SamplingBatch, Withheld, sample
+from sglang.srt.model_executor.host_batch import DeviceBatch, HostBatch, SampleRow, upload
+from sglang.srt.models.base import CausalLM, HiddenState
+
+LaneKey = tuple[Phase, int]
+
+
+class Run(Protocol):
+    """A batch on its way through the model."""
+
+    def slice_work(self, lane: Lane, first: int, last: int) -> Work:
+        """Layers first..last-1; embeds before layer 0 and samples after the last."""
+        ...
+
+    def tokens(self) -> list[int]:
+        """The sampled tokens, in the order of the batch's samples; after the last slice is done."""
+        ...
+
+
+class Runner(Protocol):
+    """What the serving engine needs of a model."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def start(self, batch: HostBatch) -> Run: ...
+
+
+class ModelRunner:
+    """A model, its tables, and one attention backend (with its scratch) a lane."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        device: torch.device,
+        num_rows: int,
+        attention: Mapping[LaneKey, AttentionBackend],
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.attention = attention
+        self.slot_table = torch.zeros(
+            num_rows, model.config.context_length, dtype=torch.int32, device=device
+        )
+        self.relay = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._decode_sampling = _SamplingCache(model.config.vocab_size, device)
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.num_layers
+
+    def start(self, batch: HostBatch) -> ModelRun:
+        return ModelRun(self, batch)
+
+    def sampling_for(self, batch: HostBatch) -> SamplingBatch:
+        """On the lane: decode keeps the last batch's tensors, since they rarely change."""
+        if batch.is_decode:
+            return self._decode_sampling.get(batch.samples)
+        return _sampling_batch(batch.samples, self.model.config.vocab_size, self.device)
+
+
+class ModelRun:
+    """One batch between its first layer and its tokens."""
+
+    def __init__(self, runner: ModelRunner, batch: HostBatch) -> None:
+        self._runner = runner
+        self._host = batch
+        self._batch: DeviceBatch | None = None
+        self._state: HiddenState | None = None
+        self._planned_on: AttentionBackend | None = None
+        self._result = torch.empty(
+            len(batch.samples), dtype=torch.int64, pin_memory=runner.device.type == "cuda"
+        )
+
+    def slice_work(self, lane: Lane, first: int, last: int) -> Work:
+        attention = self._runner.attention[lane.phase, lane.partition.index]
+        return lambda: self._run(attention, first, last)
+
+    def tokens(self) -> list[int]:
+        return self._result.tolist()
+
+    def _run(self, attention: AttentionBackend, first: int, last: int) -> None:
+        runner = self._runner
+        if first == 0:
+            self._begin()
+        batch, state = self._batch, self._state
+        assert batch is not None and state is not None, f"slice from layer {first} comes first"
+        if self._planned_on is not attention:
+            attention.plan(batch.forward)
+            self._planned_on = attention
+        state = runner.model.run_layers(
+            state, batch.forward.positions, _attend(attention, batch), first, last
+        )
+        self._state = state
+        if last == runner.num_layers:
+            self._state = None
+            self._sample(batch, state)
+
+    def _begin(self) -> None:
+        runner = self._runner
+        batch = upload(self._host, runner.slot_table)
+        runner.slot_table.view(-1)[batch.table_index] = batch.table_slots
+        input_ids = runner.relay[batch.forward.rows] if self._host.is_decode else batch.input_ids
+        self._batch, self._state = batch, runner.model.embed(input_ids)
+
+    def _sample(self, batch: DeviceBatch, state: HiddenState) -> None:
+        if not self._host.samples:
+            return
+        logits = self._runner.model.logits(state, batch.sample_tokens)
+        sampling = self._runner.sampling_for(self._host)
+        tokens = sample(logits, batch.sample_positions, sampling)
+        self._runner.relay[batch.sample_rows] = tokens
+        self._result.copy_(tokens, non_blocking=True)
+
+
+@dataclass(slots=True)
+class _SamplingCache:
+    """Sampling tensors of the last decode batch; used only by decode work, which is in order."""
+
+    vocab_size: int
+    device: torch.device
+    key: tuple[str, ...] = ()
+    batch: SamplingBatch | None = None
+
+    def get(self, samples: tuple[SampleRow, ...]) -> SamplingBatch:
+        key = tuple(row.rid for row in samples)
+        if self.batch is None or key != self.key:
+            self.key, self.batch = key, _sampling_batch(samples, self.vocab_size, self.device)
+        return self.batch
+
+
+def _sampling_batch(
+    samples: tuple[SampleRow, ...], vocab_size: int, device: torch.device
+) -> SamplingBatch:
+    return SamplingBatch.from_params(
+        [row.sampling for row in samples],
+        [row.seed for row in samples],
+        vocab_size,
+        device,
+        withheld=[
+            Withheld(i, row.withheld_ids, row.withheld_until)
+            for i, row in enumerate(samples)
+            if row.withheld_ids
+        ],
+    )
+
+
+def _attend(
+    attention: AttentionBackend, batch: DeviceBatch
+) -> Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda layer, q, k, v: attention.attend(layer, q, k, v, batch.forward)

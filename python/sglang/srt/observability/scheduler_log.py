@@ -1,0 +1,64 @@
+"""The scheduler's two log lines, in the words that people's scripts look for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What both lines say of the server's state. token_usage: share of the KV pool in use."""
+
+    token_usage: float
+    used_tokens: int
+    running: int
+    queued: int
+
+
+class SchedulerLog:
+    """One line a prefill batch, one line every `decode_interval` decode steps."""
+
+    def __init__(self, decode_interval: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._decode_interval = decode_interval
+        self._clock = clock
+        self._steps = 0
+        self._tokens = 0
+        self._since_s = clock()
+        self.gen_throughput = 0.0
+
+    def prefill(self, *, seqs: int, new_tokens: int, cached_tokens: int, load: Load) -> None:
+        logger.info(
+            "Prefill batch, #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
+            "#running-req: %d, #queue-req: %d",
+            seqs,
+            new_tokens,
+            cached_tokens,
+            load.token_usage,
+            load.running,
+            load.queued,
+        )
+
+    def decode(self, *, requests: int, load: Callable[[], Load]) -> None:
+        """Counts a step; `load` is only asked when it is time for a line."""
+        self._steps += 1
+        self._tokens += requests
+        if self._steps < self._decode_interval:
+            return
+        now_s = self._clock()
+        self.gen_throughput = self._tokens / max(now_s - self._since_s, 1e-9)
+        self._steps, self._tokens, self._since_s = 0, 0, now_s
+        state = load()
+        logger.info(
+            "Decode batch, #running-req: %d, #token: %d, token usage: %.2f, "
+            "gen throughput (token/s): %.2f, #queue-req: %d",
+            state.running,
+            state.used_tokens,
+            state.token_usage,
+            self.gen_throughput,
+            state.queued,
+        )

@@ -1,0 +1,43 @@
+"""Waiting requests and the order in which they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from sglang.srt.requests import Request
+
+# Ranking by matched prefix walks the tree once per request; past this many it costs more than
+# it gains, and arrival order is used.
+LPM_MAX_WAITING = 128
+
+
+class WaitingQueue:
+    """Requests that hold no device memory, by id.
+
+    policy "fcfs": in order of arrival, retracted requests keeping their place. "lpm": longest
+    cached prefix first, as `cached_prefix(request)` tells, ties by arrival.
+    """
+
+    def __init__(self, policy: str, cached_prefix: Callable[[Request], int]) -> None:
+        self._policy = policy
+        self._cached_prefix = cached_prefix
+        self._requests: dict[str, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(list(self._requests.values()))
+
+    def add(self, request: Request) -> None:
+        assert request.rid not in self._requests, f"{request.rid} is already waiting"
+        self._requests[request.rid] = request
+
+    def remove(self, request: Request) -> None:
+        del self._requests[request.rid]
+
+    def in_order(self) -> list[Request]:
+        by_arrival = sorted(self._requests.values(), key=lambda request: request.arrival_s)
+        if self._policy == "lpm" and len(by_arrival) <= LPM_MAX_WAITING:
+            by_arrival.sort(key=self._cached_prefix, reverse=True)
+        return by_arrival

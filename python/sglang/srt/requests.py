@@ -1,0 +1,93 @@
+"""A request's life on the engine thread.
+
+    waiting -> prefilling -> running -> finished
+       ^____________________________|  retracted when memory runs short; its prefix stays cached
+
+Lengths of one request:
+
+    tokens          prompt + output, all that the host knows
+    computed        tokens whose keys and values are in the pool once launched work is done
+    launched_output output tokens asked of the device, known to the host or not
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang.srt.mem_cache.sequence_cache import CachedSequence
+from sglang.srt.messages import FinishReason, GenerateRequest, StreamOptions
+from sglang.srt.sampling_params import SamplingParams
+
+PROMPT_TAIL_TOKENS = 8
+
+
+class Request:
+    """Owned by the engine thread; lanes never see it."""
+
+    def __init__(
+        self,
+        message: GenerateRequest,
+        *,
+        max_new_tokens: int,
+        seed: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.rid = message.rid
+        self.sampling: SamplingParams = message.sampling
+        self.namespace = message.namespace
+        self.arrival_s = message.arrival_s
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        eos = () if self.sampling.ignore_eos else eos_token_ids
+        self.stop_ids = tuple({*eos, *self.sampling.stop_token_ids})
+
+        self.prompt: npt.NDArray[np.int32] = np.asarray(message.input_ids, dtype=np.int32)
+        self.output: list[int] = []
+        self.finish: FinishReason | None = None
+
+        self.sequence: CachedSequence | None = None
+        self.row: int | None = None
+        self.computed = 0
+        self.launched_output = 0
+        self.jobs_in_flight = 0
+        # First token whose slot the device's slot table does not hold yet.
+        self.table_valid = 0
+
+        self.cached_tokens = 0
+        self.first_prefill_started = False
+        self.retractions = 0
+        self.sent_output = 0
+        self.stream_opened = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """prompt + output [num_tokens] i32."""
+        if not self.output:
+            return self.prompt
+        return np.concatenate([self.prompt, np.asarray(self.output, dtype=np.int32)])
+
+    @property
+    def wants_step(self) -> bool:
+        return self.finish is None and self.launched_output < self.max_new_tokens
+
+    def append(self, token: int) -> None:
+        """Takes one generated token and decides whether it is the last."""
+        self.output.append(token)
+        if token in self.stop_ids:
+            self.finish = FinishReason(type="stop", matched=token)
+        elif len(self.output) >= self.max_new_tokens:
+            self.finish = FinishReason(type="length", length=len(self.output))
+
+    def stream_options(self) -> StreamOptions:
+        return StreamOptions(
+            rid=self.rid,
+            prompt_tail=self.prompt[-PROMPT_TAIL_TOKENS:].tolist(),
+            stop=self.sampling.stop,
+            skip_special_tokens=self.sampling.skip_special_tokens,
+            spaces_between_special_tokens=self.sampling.spaces_between_special_tokens,
+            no_stop_trim=self.sampling.no_stop_trim,
+        )

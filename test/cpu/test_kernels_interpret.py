@@ -1,0 +1,47 @@
+"""The Triton kernels run under Triton's interpreter, on the CPU: their results, not their speed.
+
+The interpreter is chosen when Triton is first imported, hence the process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_importing_the_package_loads_neither_torch_nor_triton() -> None:
+    check = "import sys, sgl_kernel; assert not {'torch', 'triton'} & sys.modules.keys()"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "sgl-kernel")}
+    subprocess.run([sys.executable, "-c", check], env=environment, check=True, timeout=60)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: no interpreter"
+)
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="Triton's interpreter reads arrays of one element as numbers, NumPy 2.4 forbids it",
+)
+def test_kernels_match_their_references_when_interpreted() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "test/gpu/test_kernels.py"],
+        cwd=REPOSITORY,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None, run.stdout[-2000:]
+    assert int(passed[1]) >= 50, run.stdout[-2000:]
