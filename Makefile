@@ -42,7 +42,7 @@ install: $(READY)
 	touch $@
 
 serve: $(READY)
-	$(PYTHON) -m sglang.launch_server --model-path "$(MODEL)" --port $(PORT) --enable-pd-multiplex $(ARGS)
+	exec $(PYTHON) -m sglang.launch_server --model-path "$(MODEL)" --port $(PORT) --enable-pd-multiplex $(ARGS)
 
 demo: $(READY)
 	$(PYTHON) -m benchmark.demo $(ARGS)

@@ -184,12 +184,18 @@ def broken_promises(
 
 
 def render_lanes(lanes: Mapping[str, Any]) -> str:
-    """How long each lane was busy, in words."""
-    return (
+    """How long each lane was busy, and how the device was divided, in words."""
+    lines = [
         f"Prefill lane busy {lanes['prefill_busy_s']:.2f} s, decode lane "
-        f"{lanes['decode_busy_s']:.2f} s, both at once {lanes['both_busy_s']:.2f} s.\n"
-        f"Partition: {lanes['partition']}"
-    )
+        f"{lanes['decode_busy_s']:.2f} s, both at once {lanes['both_busy_s']:.2f} s."
+    ]
+    for partition in lanes["partitions"]:
+        prefill, decode = partition["prefill_sms"], partition["decode_sms"]
+        division = f"prefill on {prefill}, decode on {decode}"
+        if partition["exclusive"]:
+            division = f"one phase alone on all {prefill}"
+        lines.append(f"  {division} SMs or cores: {partition['launches']} launches")
+    return "\n".join(lines)
 
 
 async def run(server: ServerProcess, model: Path, progress: Progress) -> list[str]:

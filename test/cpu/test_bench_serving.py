@@ -430,6 +430,7 @@ def test_trace_replay_sends_the_shared_prefix(
     code, result = bench(
         *("--dataset-name", "mooncake", "--dataset-path", str(path), "--use-trace-timestamps"),
         *("--vocab-size", "900", "--output-details", "--warmup-requests", "0"),
+        *("--max-concurrency", "1"),  # however late the first answer, the second prompt is after it
     )
     assert code == 0
     assert result["request_rate"] == "trace"

@@ -22,9 +22,17 @@ from benchmark.conversation import (
     reusable_tokens,
     token_gaps_ms,
 )
-from benchmark.demo import Progress, broken_promises, render_conversation, scripts
+from benchmark.demo import Progress, broken_promises, render_conversation, render_lanes, scripts
 
-LANES = {"prefill_busy_s": 2.0, "decode_busy_s": 3.0, "both_busy_s": 1.0, "partition": "1|1"}
+LANES = {
+    "prefill_busy_s": 2.0,
+    "decode_busy_s": 3.0,
+    "both_busy_s": 1.0,
+    "partitions": [
+        {"prefill_sms": 2, "decode_sms": 2, "exclusive": True, "launches": 7},
+        {"prefill_sms": 1, "decode_sms": 1, "exclusive": False, "launches": 9},
+    ],
+}
 
 
 class CharTokenizer:
@@ -115,6 +123,13 @@ def test_report_shows_questions_answers_and_reuse_but_not_the_document():
         in text
     )
     assert "long text" not in text
+
+
+def test_report_shows_busy_times_and_partitions():
+    lines = render_lanes(LANES).splitlines()
+    assert lines[0] == "Prefill lane busy 2.00 s, decode lane 3.00 s, both at once 1.00 s."
+    assert "one phase alone on all 2 SMs or cores: 7 launches" in lines[1]
+    assert "prefill on 1, decode on 1 SMs or cores: 9 launches" in lines[2]
 
 
 def test_there_are_at_least_four_conversations_and_a_document_among_them():

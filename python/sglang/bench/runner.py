@@ -73,8 +73,8 @@ async def run_load(
             for index, (conversation, due_s) in enumerate(
                 zip(conversations, arrivals_s, strict=True)
             ):
-                wait_s = begin_s + due_s - time.perf_counter()
-                if wait_s > 0:
+                # A loop, because uvloop's timers may fire up to a millisecond early.
+                while (wait_s := begin_s + due_s - time.perf_counter()) > 0:
                     await asyncio.sleep(wait_s)
                 lags_s.append(time.perf_counter() - begin_s - due_s)
                 group.create_task(hold(index, conversation, due_s))

@@ -16,6 +16,8 @@ from sglang.srt.errors import RequestError
 
 GREEDY_TEMPERATURE = 1e-6  # below this a temperature means "take the likeliest token"
 MAX_STOP_STRINGS = 32
+MAX_ANSWERS = 1024
+MAX_COUNT = 2**31 - 1  # no sequence, vocabulary or batch is larger
 
 # Fields of SGLang that this server does not serve yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -100,6 +102,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return params
 
     def _check(self, vocab_size: int) -> None:
+        for name in ("max_new_tokens", "min_new_tokens", "top_k"):
+            count = getattr(self, name)
+            if count is not None and count > MAX_COUNT:
+                raise _bad(name, f"must be at most {MAX_COUNT}")
         if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise _bad("max_new_tokens", f"must be at least 0, got {self.max_new_tokens}")
         if self.min_new_tokens < 0:
@@ -114,12 +120,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise _bad("min_p", f"must be in [0, 1], got {self.min_p}")
         if self.top_k != -1 and self.top_k < 1:
             raise _bad("top_k", f"must be -1 (off) or at least 1, got {self.top_k}")
-        if self.n < 1:
-            raise _bad("n", f"must be at least 1, got {self.n}")
+        if not 1 <= self.n <= MAX_ANSWERS:
+            raise _bad("n", f"must be in [1, {MAX_ANSWERS}], got {self.n}")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise _bad("stop", f"takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
-        if "" in self.stop:
-            raise _bad("stop", "must not hold an empty string")
+        for text in self.stop:
+            if not text:
+                raise _bad("stop", "must not hold an empty string")
+            if not _encodable(text):
+                raise _bad("stop", "must be valid Unicode, without lone surrogates")
         for token in self.stop_token_ids:
             if not 0 <= token < vocab_size:
                 raise _bad("stop_token_ids", f"{token} is outside the vocabulary [0, {vocab_size})")
@@ -127,14 +136,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise _bad("sampling_seed", "must fit in 64 bits")
 
 
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _bad(field: str, problem: str) -> RequestError:
     return RequestError(f"sampling_params.{field} {problem}", field)
 
 
 def _finite(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _bad(field, f"must be a finite number, got {value!r}")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise _bad(field, f"must be a finite number, got {value!r:.40}")
 
 
 def _field_of(error: msgspec.ValidationError) -> str | None:

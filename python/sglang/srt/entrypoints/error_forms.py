@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from sglang.srt.entrypoints.streaming import ClientLeft
 from sglang.srt.errors import NotFound, Overloaded, RequestError
+from sglang.srt.managers.answers import Update
 from sglang.srt.managers.tokenizer_manager import EngineFailed
 from sglang.srt.messages import FinishReason
 
@@ -35,6 +36,10 @@ class Aborted(Exception):
 def raise_if_refused(finish: FinishReason | None) -> None:
     if finish is not None and finish.type == "abort" and finish.status_code is not None:
         raise Aborted(finish.message or "the request was aborted", finish.status_code)
+
+
+def raise_if_update_refused(update: Update) -> None:
+    raise_if_refused(update.answer.finish)
 
 
 class JsonResponse(Response):

@@ -8,7 +8,6 @@ a death   of any child fails requests in flight and exits 1 within seconds
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import sys
@@ -33,8 +32,6 @@ from sglang.srt.managers.request_log import RequestLog
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.served_model import ServedModel, load_served_model
 from sglang.srt.server_args import ServerArgs
-
-logger = logging.getLogger(__name__)
 
 SCHEDULER = "sglang::scheduler"
 DETOKENIZER = "sglang::detokenizer"
@@ -133,12 +130,10 @@ def _interruptible() -> Iterator[None]:
     def interrupt(signum: int, frame: object) -> None:
         raise _Interrupted
 
-    previous = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -13,6 +13,7 @@ from sglang.srt.entrypoints.error_forms import (
     JsonResponse,
     native_event_of,
     raise_if_refused,
+    raise_if_update_refused,
 )
 from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
@@ -129,10 +130,9 @@ async def generate(request: Request) -> Response:
     form = _Form(state, body, several)
 
     if body.stream:
-        head, updates = await begin(request, updates)
-        if not several:
-            raise_if_refused(head.answer.finish)
-        return EventStream(_events(updates, form))
+        # Of several answers one may be refused: its own event says so.
+        check = _accept_any if several else raise_if_update_refused
+        return EventStream(_events(await begin(request, updates, check), form))
 
     results = await unless_client_leaves(request, _collect(updates, form))
     return JsonResponse(results if several else results[0])
@@ -205,6 +205,10 @@ def finish_dict(finish: FinishReason | None) -> dict[str, Any] | None:
                 "status_code": finish.status_code,
                 "err_type": None,
             }
+
+
+def _accept_any(update: Update) -> None:
+    pass
 
 
 class _Form:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -68,9 +68,11 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -
 
 
 async def begin(
-    request: Request, updates: AsyncGenerator[Update, None]
-) -> tuple[Update, AsyncGenerator[Update, None]]:
-    """The first update and a generator of all of them, the first included.
+    request: Request,
+    updates: AsyncGenerator[Update, None],
+    check: Callable[[Update], None],
+) -> AsyncGenerator[Update, None]:
+    """The same updates, once the first is there and `check` has not raised.
 
     Waiting for it before the response starts lets a refused request have its own HTTP status.
     """
@@ -79,6 +81,11 @@ async def begin(
         return await anext(updates)
 
     head = await unless_client_leaves(request, first())
+    try:
+        check(head)
+    except BaseException:
+        await updates.aclose()
+        raise
 
     async def rest() -> AsyncGenerator[Update, None]:
         async with aclosing(updates):
@@ -86,7 +93,7 @@ async def begin(
             async for update in updates:
                 yield update
 
-    return head, rest()
+    return rest()
 
 
 async def _first(work: Coroutine[Any, Any, T], hang_up: Coroutine[Any, Any, None]) -> T:

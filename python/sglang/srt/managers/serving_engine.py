@@ -414,7 +414,6 @@ class ServingEngine:
         rows = [_row(request) for request in requests]
         samples = tuple(
             SampleRow(
-                rid=requests[i].rid,
                 sampling=requests[i].sampling,
                 seed=requests[i].seed,
                 position=_sequence(requests[i]).length,
@@ -473,6 +472,21 @@ class ServingEngine:
         self._leaving.append(request)
         if request.jobs_in_flight == 0:
             self._release(request)
+        else:
+            self._publish_early(request)
+
+    def _publish_early(self, request: Request) -> None:
+        """Shares what is computed although a launched step may still read the slots.
+
+        The client has its answer, and its next turn can arrive before that step is done. What the
+        tree holds beyond our shared part must stay as it is till then: adopting the tree's slots
+        would free ours under the step.
+        """
+        sequence = _sequence(request)
+        computed = request.tokens()[: request.computed]
+        held = self._cache.radix.peek_length(computed, request.namespace)
+        if held <= sequence.shared_len:
+            self._cache.publish(sequence, computed)
 
     def _release(self, request: Request) -> None:
         assert request.jobs_in_flight == 0, f"{request.rid}: {request.jobs_in_flight} jobs left"

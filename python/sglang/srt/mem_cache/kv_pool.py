@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 
@@ -23,8 +26,8 @@ class DeviceKVPool:
     ) -> None:
         shape = (num_layers, num_slots, kv_heads, head_dim)
         self.num_slots = num_slots
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, torch.device(device))
+        self.values = _zeros(shape, dtype, torch.device(device))
 
     @property
     def bytes_per_slot(self) -> int:
@@ -35,3 +38,12 @@ class DeviceKVPool:
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of one layer, each [slots, kv_heads, head_dim], views of the pool."""
         return self.keys[index], self.values[index]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zeroed pages and does not touch them: a pool of many gigabytes is
+    # there at once, and takes memory as it fills.
+    buffer = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(buffer).view(dtype).view(shape)

@@ -25,12 +25,20 @@ class SampleRow:
     withheld_ids cannot be chosen at positions before withheld_until (min_new_tokens).
     """
 
-    rid: str
     sampling: SamplingParams
     seed: int
     position: int
     withheld_ids: tuple[int, ...] = ()
     withheld_until: int = 0
+
+    def same_wish(self, other: SampleRow) -> bool:
+        """Whether both rows sample alike, whatever their position. Cheap, and never wrongly True:
+        a request keeps one SamplingParams object for life."""
+        return (
+            self.sampling is other.sampling
+            and self.seed == other.seed
+            and self.withheld_until == other.withheld_until
+        )
 
 
 @dataclass(frozen=True, slots=True)

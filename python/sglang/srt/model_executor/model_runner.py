@@ -142,13 +142,16 @@ class _SamplingCache:
 
     vocab_size: int
     device: torch.device
-    key: tuple[str, ...] = ()
+    samples: tuple[SampleRow, ...] = ()
     batch: SamplingBatch | None = None
 
     def get(self, samples: tuple[SampleRow, ...]) -> SamplingBatch:
-        key = tuple(row.rid for row in samples)
-        if self.batch is None or key != self.key:
-            self.key, self.batch = key, _sampling_batch(samples, self.vocab_size, self.device)
+        same = len(samples) == len(self.samples) and all(
+            row.same_wish(last) for row, last in zip(samples, self.samples, strict=True)
+        )
+        if self.batch is None or not same:
+            self.samples = samples
+            self.batch = _sampling_batch(samples, self.vocab_size, self.device)
         return self.batch
 
 

@@ -7,14 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from sglang.srt.entrypoints.json_body import checked
 from sglang.srt.entrypoints.openai.protocol import ChatMessage, TextPart
 from sglang.srt.errors import RequestError
-
-# Arguments of the rendering itself, which a client's template variables must not replace.
-_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 def render(
@@ -47,8 +43,10 @@ def render(
             "continue_final_message: the last message must be the assistant's",
             "continue_final_message",
         )
+    # A request's template variables must not replace arguments of the rendering itself.
+    reserved = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in variables or ():
-        if name in _RESERVED:
+        if name in reserved:
             field = "chat_template_kwargs"
             raise RequestError(f"{field}: {name} cannot be set by a request", field)
     plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_refused
+from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
 from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.openai.chat_template import render
@@ -40,8 +40,7 @@ async def chat_completions(request: Request) -> Response:
         )
         updates = state.manager.generate([prompt], rid=body.rid, stream=bool(body.stream))
         if body.stream:
-            head, updates = await begin(request, updates)
-            raise_if_refused(head.answer.finish)
+            updates = await begin(request, updates, raise_if_update_refused)
             return EventStream(reply.events(updates, _Chunks()))
         return JsonResponse(await unless_client_leaves(request, reply.whole(updates, _whole)))
 

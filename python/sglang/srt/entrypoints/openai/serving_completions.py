@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_refused
+from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
 from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.openai.protocol import (
@@ -49,8 +49,7 @@ async def completions(request: Request) -> Response:
         shape = _Shape(body, prompts, n, state)
         updates = state.manager.generate(prompts, rid=body.rid, stream=bool(body.stream))
         if body.stream:
-            head, updates = await begin(request, updates)
-            raise_if_refused(head.answer.finish)
+            updates = await begin(request, updates, raise_if_update_refused)
             return EventStream(reply.events(updates, shape.chunks))
         return JsonResponse(await unless_client_leaves(request, reply.whole(updates, shape.whole)))
 
