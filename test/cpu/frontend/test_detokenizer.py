@@ -19,7 +19,7 @@ TEXTS = [
     "family: 👨‍👩‍👧‍👦, flag: 🇨🇭, thumbs 👍🏽",
     "日本語のテキストと中文字符和한국어",
     "def f(x):\n\treturn  x ** 2  # twice\n\n",
-    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ﷽ \u200b zero",
+    "\U0001d518\U0001d52b ﷽ \u200b zero",
 ]
 
 

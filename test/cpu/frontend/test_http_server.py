@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -96,7 +97,7 @@ class TestGenerate:
     def test_stream_is_cumulative(self, server: Any) -> None:
         body = {"text": "Hi", "stream": True}
         got = events(server.client.post("/generate", json=body))
-        for before, after in zip(got, got[1:], strict=False):
+        for before, after in itertools.pairwise(got):
             assert after["text"].startswith(before["text"])
             assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
             assert before["meta_info"]["finish_reason"] is None

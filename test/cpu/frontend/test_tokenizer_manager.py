@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -33,6 +33,11 @@ async def until(condition: Callable[[], bool]) -> None:
     """Polls; the caller's timeout is the limit."""
     while not condition():
         await asyncio.sleep(0.002)
+
+
+async def exhaust(stream: AsyncIterator[Any]) -> None:
+    async for _ in stream:
+        pass
 
 
 def run(
@@ -204,8 +209,7 @@ def test_failure_reaches_everyone_and_stays(engine: Any, manager_for: Any) -> No
         await anext(stream)
         manager.fail_all("the engine is gone")
         with pytest.raises(EngineFailed, match="gone"):
-            while True:
-                await anext(stream)
+            await exhaust(stream)
         with pytest.raises(EngineFailed, match="gone"):
             await texts(manager, [prompt()])
         with pytest.raises(EngineFailed, match="gone"):

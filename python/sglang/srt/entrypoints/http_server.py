@@ -65,35 +65,46 @@ def launch(args: ServerArgs, parts: Parts | None = None) -> int:
         parts = Parts(run_scheduler)
     started_s = time.monotonic()
     group = ProcessGroup()
-    with _listening(args) as listener, ipc_directory() as ipc:
-        try:
-            with _interruptible():
-                group.spawn(
-                    [
-                        ChildSpec(SCHEDULER, parts.scheduler, (args, ipc, 0), args.log_level),
-                        ChildSpec(DETOKENIZER, parts.detokenizer, (args, ipc), args.log_level),
-                    ]
-                )
-                model = parts.load_model(args)
-                infos = group.wait_ready()
-            manager = TokenizerManager(
-                PromptEncoder(
-                    model.tokenizer,
-                    Limits(model.vocab_size, model.context_length, args.allow_auto_truncate),
-                ),
-                ipc,
-                log=RequestLog(args.log_requests_level) if args.log_requests else None,
-            )
-            state = ServerState(args, manager, model, infos[SCHEDULER])
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(_serve(state, group, listener, ipc, started_s))
-        except _Interrupted:
-            return 0
-        except StartFailed as error:
-            print(f"sglang: error: {error}", file=sys.stderr)
-            return 1
-        finally:
-            group.terminate()
+    try:
+        with _interruptible(), _listening(args) as listener, ipc_directory() as ipc:
+            try:
+                return _run(args, parts, group, listener, ipc, started_s)
+            finally:
+                group.terminate()
+    except _Interrupted:
+        return 0
+    except StartFailed as error:
+        print(f"sglang: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(
+    args: ServerArgs,
+    parts: Parts,
+    group: ProcessGroup,
+    listener: socket.socket,
+    ipc: IpcNames,
+    started_s: float,
+) -> int:
+    group.spawn(
+        [
+            ChildSpec(SCHEDULER, parts.scheduler, (args, ipc, 0), args.log_level),
+            ChildSpec(DETOKENIZER, parts.detokenizer, (args, ipc), args.log_level),
+        ]
+    )
+    model = parts.load_model(args)
+    infos = group.wait_ready()
+    manager = TokenizerManager(
+        PromptEncoder(
+            model.tokenizer,
+            Limits(model.vocab_size, model.context_length, args.allow_auto_truncate),
+        ),
+        ipc,
+        log=RequestLog(args.log_requests_level) if args.log_requests else None,
+    )
+    state = ServerState(args, manager, model, infos[SCHEDULER])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(state, group, listener, ipc, started_s))
 
 
 async def _serve(
@@ -125,7 +136,8 @@ def _listening(args: ServerArgs) -> Iterator[socket.socket]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Both signals raise _Interrupted inside, so that nothing is left behind."""
+    """Both signals raise _Interrupted inside, so that nothing is left behind; the event loop
+    takes them over while it runs."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise _Interrupted
