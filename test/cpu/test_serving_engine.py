@@ -330,3 +330,17 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
             else:
                 assert wish.stop_after_us is not None
                 assert answer.finish == FinishReason(type="stop")
+
+
+def test_a_half_filled_prompt_and_a_growing_answer_do_not_block_each_other():
+    server = Server(
+        Setup(pool_pages=32, prefill_tokens=16, conservativeness=0.0, cache=False)
+    )
+    grows, waits = [1] * 8, [2] * 20
+    server.ask("grows", grows, max_new_tokens=20, ignore_eos=True)
+    server.settle(until_s=1e-4)
+    server.ask("waits", waits, max_new_tokens=1)
+    server.finish()
+    assert server.answers["grows"].ids == answer_of(grows, max_new_tokens=20, ignore_eos=True)
+    assert server.answers["waits"].ids == answer_of(waits, max_new_tokens=1)
+    assert server.answers["grows"].retractions == 1

@@ -24,13 +24,20 @@ def lanes(device):
     lanes.close()
 
 
-def trace_on(lane, device):
-    """Runs the probe on the lane; returns its ticket and trace."""
-    from sgl_kernel.sm_ids import SmTrace, record_sm_ids
+def trace_for(lane, device):
+    """Room for the probe's record. Waits for the device: call it before any probe is launched."""
+    from sgl_kernel.sm_ids import SmTrace
 
     trace = SmTrace.allocate(lane.sms * PROGRAMS_PER_SM, device)
     torch.cuda.synchronize(device)
-    return lane.launch(lambda: record_sm_ids(trace, SPIN_NS)), trace
+    return trace
+
+
+def probe(lane, trace):
+    """Launches the probe on the lane and returns its ticket at once."""
+    from sgl_kernel.sm_ids import record_sm_ids
+
+    return lane.launch(lambda: record_sm_ids(trace, SPIN_NS))
 
 
 def test_the_table_covers_the_device_with_rising_decode_shares(lanes):
@@ -50,15 +57,16 @@ def test_lanes_run_at_the_same_time_on_disjoint_sms(lanes, device, index):
         pytest.skip(f"this device has {len(lanes.table) - 1} splits")
     split = lanes.table[index]
     pair = [lanes.lane(phase, split) for phase in (Phase.DECODE, Phase.PREFILL)]
-    for lane in pair:  # compiles the probe and loads it
-        trace_on(lane, device)[0].wait(LIMIT_S)
-    runs = [trace_on(lane, device) for lane in pair]
+    traces = [trace_for(lane, device) for lane in pair]
+    for lane, trace in zip(pair, traces, strict=True):  # compiles the probe and loads it
+        probe(lane, trace).wait(LIMIT_S)
     # Both are launched before either is waited for; the spin is long against the launches.
-    for ticket, _ in runs:
+    tickets = [probe(lane, trace) for lane, trace in zip(pair, traces, strict=True)]
+    for ticket in tickets:
         ticket.wait(LIMIT_S)
-    decode, prefill = (sm_ids_used(trace) for _, trace in runs)
-    shared_ns = min(int(t.stop_ns.max()) for _, t in runs) - max(
-        int(t.start_ns.min()) for _, t in runs
+    decode, prefill = map(sm_ids_used, traces)
+    shared_ns = min(int(trace.stop_ns.max()) for trace in traces) - max(
+        int(trace.start_ns.min()) for trace in traces
     )
     print(
         f"\n{split}: decode on {len(decode)} SMs {min(decode)}..{max(decode)}, "
@@ -75,14 +83,16 @@ def test_the_whole_device_is_used_when_a_phase_is_alone(lanes, device):
     from sgl_kernel.sm_ids import sm_ids_used
 
     for phase in Phase:
-        ticket, trace = trace_on(lanes.lane(phase, lanes.table.whole), device)
-        ticket.wait(LIMIT_S)
+        lane = lanes.lane(phase, lanes.table.whole)
+        trace = trace_for(lane, device)
+        probe(lane, trace).wait(LIMIT_S)
         assert len(sm_ids_used(trace)) == lanes.table.total_sms
 
 
 def test_after_orders_lanes_on_the_device_without_blocking_the_host(lanes, device):
     split = lanes.table.splits[0]
-    first, _ = trace_on(lanes.lane(Phase.PREFILL, split), device)
+    prefill = lanes.lane(Phase.PREFILL, split)
+    first = probe(prefill, trace_for(prefill, device))
     second = lanes.lane(Phase.DECODE, split).launch(lambda: None, after=[first])
     assert not second.done(), "the host must come back while the first lane still spins"
     second.wait(LIMIT_S)
@@ -92,7 +102,9 @@ def test_after_orders_lanes_on_the_device_without_blocking_the_host(lanes, devic
 
 def test_spans_of_two_lanes_share_one_clock(lanes, device):
     split = lanes.table.splits[-1]
-    tickets = [trace_on(lanes.lane(phase, split), device)[0] for phase in Phase]
+    pair = [lanes.lane(phase, split) for phase in Phase]
+    traces = [trace_for(lane, device) for lane in pair]
+    tickets = [probe(lane, trace) for lane, trace in zip(pair, traces, strict=True)]
     for ticket in tickets:
         ticket.wait(LIMIT_S)
     spans = [ticket.span() for ticket in tickets]

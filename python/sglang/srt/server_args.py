@@ -94,7 +94,7 @@ class ServerArgs:
         None, "Name in /v1/models and in answers; the model path if not given.", group=_API
     )
     chat_template: str | None = flag(
-        None, "Chat template: a Jinja file or its text; the tokenizer's if not given.", group=_API
+        None, "Chat template, a Jinja file; the tokenizer's own if not given.", group=_API
     )
     sampling_defaults: Literal["model", "openai"] = flag(
         "model",

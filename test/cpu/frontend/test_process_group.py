@@ -143,7 +143,7 @@ def test_sigterm_finishes_what_is_in_flight(start: Callable[..., Program]) -> No
     assert program.client.get("/server_info").json()["max_total_num_tokens"] == 1000
 
     reader = program.stream(tokens=120)
-    program.process.send_signal(signal.SIGTERM)
+    os.killpg(program.process.pid, signal.SIGTERM)  # as a service manager does: children get it too
     with httpx.Client(base_url=program.client.base_url, verify=False) as other:
         until(lambda: other.get("/ready").status_code == 503, 2)
         assert other.post("/generate", json={"input_ids": [1]}).status_code == 503

@@ -11,9 +11,10 @@ import pytest
 
 from sglang.srt.errors import Overloaded, RequestError
 from sglang.srt.managers.answers import Answer
+from sglang.srt.managers.call import EngineFailed
 from sglang.srt.managers.prompts import Prompt, TokenizedPrompt
 from sglang.srt.managers.request_log import RequestLog
-from sglang.srt.managers.tokenizer_manager import EngineFailed, TokenizerManager
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.messages import FinishReason
 from sglang.srt.sampling_params import SamplingParams
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from sglang.srt.entrypoints.streaming import ClientLeft
 from sglang.srt.errors import NotFound, Overloaded, RequestError
 from sglang.srt.managers.answers import Update
-from sglang.srt.managers.tokenizer_manager import EngineFailed
+from sglang.srt.managers.call import EngineFailed
 from sglang.srt.messages import FinishReason
 
 logger = logging.getLogger(__name__)

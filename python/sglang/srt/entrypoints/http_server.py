@@ -70,7 +70,7 @@ def launch(args: ServerArgs, parts: Parts | None = None) -> int:
             try:
                 return _run(args, parts, group, listener, ipc, started_s)
             finally:
-                group.terminate()
+                group.kill()
     except _Interrupted:
         return 0
     except StartFailed as error:

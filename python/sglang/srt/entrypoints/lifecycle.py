@@ -172,7 +172,7 @@ class Lifecycle:
             self._manager.send_shutdown()
             if not await asyncio.to_thread(self._group.join, _CHILD_EXIT_LIMIT_S):
                 logger.warning("children must be killed: %s", self._group.exit_codes())
-        await asyncio.to_thread(self._group.terminate)
+        await asyncio.to_thread(self._group.kill)
 
 
 async def _any(*waits: Awaitable[object], timeout_s: float) -> None:

@@ -28,8 +28,8 @@ from sglang.srt.entrypoints.streaming import (
 from sglang.srt.entrypoints.value_types import OneOrManyIds, OneOrManyTexts, is_batch_of_ids
 from sglang.srt.errors import Overloaded, RequestError
 from sglang.srt.managers.answers import Answer, Update
+from sglang.srt.managers.call import EngineFailed
 from sglang.srt.managers.prompts import Prompt, namespace_of
-from sglang.srt.managers.tokenizer_manager import EngineFailed
 from sglang.srt.messages import FinishReason
 from sglang.srt.sampling_params import SamplingParams
 

@@ -1,7 +1,7 @@
 """The children of the server: started together, watched together, ended together.
 
 A child dies with its parent (the kernel sees to it), and the parent learns of a child's death
-at once. Children leave Ctrl-C to the parent, which ends them in order.
+at once. Children leave SIGINT and SIGTERM to the parent, which ends them in order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sglang.srt.messages import Message, Ready, decoder_for, encode
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
-_TERMINATE_LIMIT_S = 1.0
+_KILL_LIMIT_S = 1.0
 
 
 class StartFailed(SglangError):
@@ -134,19 +134,12 @@ class ProcessGroup:
     def exit_codes(self) -> dict[str, int | None]:
         return {child.name: child.process.exitcode for child in self._children}
 
-    def terminate(self) -> None:
-        """Ends all children that still run: asks first, insists a second later."""
-        self.expect_exit()
-        for child in self._children:
-            child.process.terminate()
-        if not self.join(_TERMINATE_LIMIT_S):
-            self.kill()
-
     def kill(self) -> None:
+        """Ends all children that still run. In order, they leave by themselves on Shutdown."""
         self.expect_exit()
         for child in self._children:
             child.process.kill()
-        self.join(_TERMINATE_LIMIT_S)
+        self.join(_KILL_LIMIT_S)
 
     def _watch(self, on_death: Callable[[ChildDeath], None]) -> None:
         wait([child.process.sentinel for child in self._children])
@@ -170,7 +163,7 @@ def _handshake(child: _Child) -> dict[str, Any] | None:
     try:
         message = decoder_for(Ready | _Refused).decode(child.pipe.recv_bytes())
     except EOFError:
-        child.process.join(_TERMINATE_LIMIT_S)
+        child.process.join(_KILL_LIMIT_S)
         code = child.process.exitcode
         raise StartFailed(f"{ChildDeath(child.name, code or 0)} while starting") from None
     if isinstance(message, _Refused):
@@ -182,7 +175,9 @@ def _handshake(child: _Child) -> dict[str, Any] | None:
 def _child(spec: ChildSpec, ready: Connection, parent_pid: int) -> None:
     """Runs in the new process."""
     _die_with(parent_pid)
+    # A terminal or service manager signals the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _set_title(spec.name)
     configure_logging(spec.log_level, spec.name)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,6 @@ from sglang.srt.messages import Shutdown, StopMatched, ToDetokenizer, TokenBatch
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
-
-logger = logging.getLogger(__name__)
 
 
 class DetokenizerManager:

@@ -12,7 +12,6 @@ The loop, on one thread that owns all state and never blocks on a lane:
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -51,8 +50,6 @@ from sglang.srt.messages import (
 from sglang.srt.observability.scheduler_log import Load, SchedulerLog
 from sglang.srt.observability.watchdog import Watchdog
 from sglang.srt.server_args import ServerArgs
-
-logger = logging.getLogger(__name__)
 
 # Idle, the loop wakes for messages; the limit only bounds how late a deadline is noticed.
 IDLE_WAIT_MS = 200

@@ -464,6 +464,7 @@ class ServingEngine:
         del self._by_rid[request.rid]
         if request.sequence is None:
             self._queue.remove(request)
+            self._admission_blocked = False
             return
         if request is self._partial:
             self._partial = None
@@ -509,6 +510,7 @@ class ServingEngine:
         request.retractions += 1
         self.retractions += 1
         self._queue.add(request)
+        self._admission_blocked = False
 
 
 def _sequence(request: Request) -> CachedSequence:

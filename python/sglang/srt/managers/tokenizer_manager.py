@@ -8,7 +8,6 @@ aborts what is unfinished: a client that hangs up frees its place at once.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -17,9 +16,10 @@ from contextlib import aclosing, suppress
 import msgspec
 import zmq
 
-from sglang.srt.errors import Overloaded, RequestError, SglangError
+from sglang.srt.errors import Overloaded, RequestError
 from sglang.srt.ipc import AsyncReceiver, IpcNames, Sender
 from sglang.srt.managers.answers import Answer, Update
+from sglang.srt.managers.call import Call, EngineFailed
 from sglang.srt.managers.prompts import Prompt, PromptEncoder, TokenizedPrompt
 from sglang.srt.managers.request_ids import WireIds, public_ids
 from sglang.srt.managers.request_log import RequestLog
@@ -35,55 +35,6 @@ from sglang.srt.messages import (
     ToTokenizer,
 )
 from sglang.srt.sampling_params import SamplingParams
-
-logger = logging.getLogger(__name__)
-
-
-class EngineFailed(SglangError):
-    """The engine died or the server stopped before the answer was complete."""
-
-
-class _Call:
-    """The answers that one iteration waits for, and which of them have news."""
-
-    def __init__(self, answers: list[Answer], stream: bool) -> None:
-        self.answers = answers
-        self._stream = stream  # if not, only finished answers are news
-        self._fresh: dict[int, None] = {}
-        self._news = asyncio.Event()
-        self._failure: str | None = None
-        self._shown = [(0, 0)] * len(answers)  # (characters, ids) already handed out
-
-    def noticed(self, answer: Answer) -> None:
-        if self._stream or answer.finish is not None:
-            self._fresh[answer.index] = None
-            self._news.set()
-
-    def fail(self, message: str) -> None:
-        self._failure = message
-        self._news.set()
-
-    async def updates(self) -> AsyncGenerator[Update, None]:
-        unfinished = {answer.index for answer in self.answers}
-        while unfinished:
-            await self._news.wait()
-            self._news.clear()
-            fresh, self._fresh = self._fresh, {}
-            for index in fresh:
-                # An answer that ended while an earlier one was handed out is fresh twice.
-                if index in unfinished:
-                    answer = self.answers[index]
-                    if answer.finish is not None:
-                        unfinished.remove(index)
-                    yield self._update(answer)
-            if self._failure is not None and unfinished:
-                raise EngineFailed(self._failure)
-
-    def _update(self, answer: Answer) -> Update:
-        text = answer.text
-        chars, ids = self._shown[answer.index]
-        self._shown[answer.index] = (len(text), len(answer.output_ids))
-        return Update(answer, text[chars:], answer.output_ids[ids:])
 
 
 class TokenizerManager:
@@ -102,7 +53,7 @@ class TokenizerManager:
         self._log = log
         self._clock = clock
         self._wire_ids = WireIds()
-        self._in_flight: dict[str, tuple[_Call, Answer]] = {}  # by wire id
+        self._in_flight: dict[str, tuple[Call, Answer]] = {}  # by wire id
         self._public: dict[str, str] = {}  # public id -> wire id
         self._control: dict[int, asyncio.Future[ControlReply]] = {}
         self._calls_made = 0
@@ -135,8 +86,6 @@ class TokenizerManager:
     def in_flight(self) -> int:
         return len(self._in_flight)
 
-    # generation
-
     async def generate(
         self,
         prompts: Sequence[Prompt],
@@ -165,7 +114,7 @@ class TokenizerManager:
             Answer(i, name, call_id, self._wire_ids.make(name), prompt, started_s)
             for i, (name, prompt) in enumerate(zip(names, expanded, strict=True))
         ]
-        call = _Call(answers, stream)
+        call = Call(answers, stream)
         for answer in answers:
             self._launch(call, answer)
         if self._log is not None:
@@ -189,8 +138,6 @@ class TokenizerManager:
             for public, wire in list(self._public.items()):
                 if public.startswith(rid):
                     self._send(AbortRequest(rid=wire))
-
-    # control
 
     async def flush_cache(self, timeout_s: float) -> ControlReply:
         """Empties the prefix cache. Raises TimeoutError if the engine says nothing."""
@@ -218,8 +165,6 @@ class TokenizerManager:
             answered.cancel()
             await asyncio.gather(heard, answered, return_exceptions=True)
 
-    # endings
-
     def stop_accepting(self) -> None:
         """From now on `generate` raises Overloaded; what is in flight goes on."""
         self._accepting = False
@@ -241,8 +186,6 @@ class TokenizerManager:
         """Tells the scheduler, and through it the detokenizer, to exit."""
         self._send(Shutdown())
 
-    # inside
-
     def _check_open(self) -> None:
         if self._failure is not None:
             raise EngineFailed(self._failure)
@@ -254,7 +197,7 @@ class TokenizerManager:
             if name in self._public:
                 raise RequestError(f"rid: {name!r} is in use by a request in flight", "rid")
 
-    def _launch(self, call: _Call, answer: Answer) -> None:
+    def _launch(self, call: Call, answer: Answer) -> None:
         self._in_flight[answer.wire_id] = (call, answer)
         self._public[answer.rid] = answer.wire_id
         self._idle.clear()

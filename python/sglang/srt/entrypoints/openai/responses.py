@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.server_state import ServerState
 from sglang.srt.entrypoints.streaming import DONE, event
 from sglang.srt.errors import NotFound, Overloaded, RequestError
 from sglang.srt.managers.answers import Answer, Update
-from sglang.srt.managers.tokenizer_manager import EngineFailed
+from sglang.srt.managers.call import EngineFailed
 
 
 def check_model(name: str | None, state: ServerState) -> str:
