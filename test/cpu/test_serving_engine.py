@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from drift_scheduler.dispatcher import SplitByBatchSize, TakeTurns
 from drift_scheduler.gang import Gang
+from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.timeline import Timeline
@@ -205,7 +206,7 @@ def reference(
 
 
 def answer_of(prompt: Sequence[int], room: int = 64, **sampling) -> list[int]:
-    return reference(prompt, SamplingParams(temperature=0.0, **sampling), room)[0]
+    return reference(prompt, SamplingParams(**sampling), room)[0]
 
 
 # Random traffic.
@@ -307,6 +308,12 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
         server.engine.check()
     server.finish()
 
+    for batch in server.runner.launched:
+        if not batch.is_decode:
+            requests, tokens = len(batch.rows), int(batch.new_lens.sum())
+            whole_prompt = not setup.chunked and requests == 1
+            assert tokens <= setup.prefill_tokens or whole_prompt
+            assert requests <= (setup.prefill_max_requests or requests)
     assert len(server.answers) == len(traffic)
     for index, wish in enumerate(traffic):
         answer = server.answers[f"r{index:02d}"]
@@ -333,9 +340,7 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
 
 
 def test_a_half_filled_prompt_and_a_growing_answer_do_not_block_each_other():
-    server = Server(
-        Setup(pool_pages=32, prefill_tokens=16, conservativeness=0.0, cache=False)
-    )
+    server = Server(Setup(pool_pages=32, prefill_tokens=16, conservativeness=0.0, cache=False))
     grows, waits = [1] * 8, [2] * 20
     server.ask("grows", grows, max_new_tokens=20, ignore_eos=True)
     server.settle(until_s=1e-4)
@@ -344,3 +349,290 @@ def test_a_half_filled_prompt_and_a_growing_answer_do_not_block_each_other():
     assert server.answers["grows"].ids == answer_of(grows, max_new_tokens=20, ignore_eos=True)
     assert server.answers["waits"].ids == answer_of(waits, max_new_tokens=1)
     assert server.answers["grows"].retractions == 1
+
+
+def prompt_of(length: int, start: int = 0) -> list[int]:
+    return [(start + 3 * i) % VOCAB_SIZE for i in range(length)]
+
+
+@pytest.mark.parametrize(("page_size", "reused"), [(1, 10 + 6 - 1), (4, 12)])
+def test_the_next_turn_of_a_conversation_reuses_all_computed_tokens(page_size, reused):
+    server = Server(Setup(page_size=page_size))
+    first = prompt_of(10)
+    answer = server.answer("first", first, max_new_tokens=6, ignore_eos=True)
+    assert answer.cached_tokens == 0
+    second = [*first, *answer.ids, 4, 4]
+    assert server.answer("second", second, max_new_tokens=3).cached_tokens == reused
+    assert server.answers["second"].ids == answer_of(second, max_new_tokens=3)
+
+
+def test_namespaces_share_nothing():
+    server = Server(Setup())
+    prompt = prompt_of(10)
+    for namespace, cached_tokens in [("a", 0), ("b", 0), ("a", 9), ("b", 9), ("", 0)]:
+        rid = f"{len(server.answers)}"
+        answer = server.answer(rid, prompt, namespace=namespace, max_new_tokens=2)
+        assert answer.cached_tokens == cached_tokens
+        assert answer.ids == answer_of(prompt, max_new_tokens=2)
+
+
+def test_without_a_cache_nothing_is_reused_and_nothing_is_kept():
+    server = Server(Setup(cache=False))
+    for rid in ("a", "b"):
+        assert server.answer(rid, prompt_of(10), max_new_tokens=2).cached_tokens == 0
+        assert server.cache.allocator.available == server.cache.allocator.total
+
+
+def test_max_new_tokens_0_only_fills_the_cache():
+    server = Server(Setup())
+    answer = server.answer("warm", prompt_of(40), max_new_tokens=0)
+    assert answer.ids == []
+    assert answer.finish == FinishReason(type="length", length=0)
+    assert not any(batch.is_decode or batch.samples for batch in server.runner.launched)
+    assert server.answer("next", prompt_of(40), max_new_tokens=1).cached_tokens == 39
+
+
+def test_stop_ids_end_an_answer_but_not_before_min_new_tokens():
+    server = Server(Setup())
+    prompt = prompt_of(5)
+    free = answer_of(prompt, max_new_tokens=12, ignore_eos=True)
+    stop = free[2]
+    answer = server.answer("stops", prompt, max_new_tokens=12, stop_token_ids=[stop])
+    assert answer.ids == free[: free.index(stop) + 1]
+    assert answer.finish == FinishReason(type="stop", matched=stop)
+    later = server.answer("later", prompt, stop_token_ids=[stop], min_new_tokens=6, ignore_eos=True)
+    assert len(later.ids) > 6
+    assert stop not in later.ids[:6]
+
+
+def test_an_answer_without_limit_fills_the_context():
+    server = Server(Setup(context_length=30))
+    answer = server.answer("long", prompt_of(10), max_new_tokens=None, ignore_eos=True)
+    assert answer.finish == FinishReason(type="length", length=20)
+
+
+@pytest.mark.parametrize("max_new_tokens", [23, 1000])
+def test_a_request_larger_than_the_pool_is_refused_and_names_the_flags(max_new_tokens):
+    server = Server(Setup(pool_pages=32))
+    answer = server.answer("large", prompt_of(10), max_new_tokens=max_new_tokens)
+    assert answer.finish.status_code == 400
+    assert "--max-total-tokens" in answer.finish.message
+    assert "--mem-fraction-static" in answer.finish.message
+    assert str(max_new_tokens) in answer.finish.message
+    assert not server.runner.launched
+    fits = server.answer("fits", prompt_of(10), max_new_tokens=22, ignore_eos=True)
+    assert len(fits.ids) == 22
+
+
+def test_a_full_queue_refuses_with_503_and_names_the_flag():
+    server = Server(Setup(max_queued=2))
+    for index in range(4):
+        server.ask(f"r{index}", prompt_of(6, start=index), max_new_tokens=2)
+    server.finish()
+    codes = [server.answers[f"r{index}"].finish.status_code for index in range(4)]
+    assert codes == [None, None, 503, 503]
+    assert "--max-queued-requests 2" in server.answers["r2"].finish.message
+    assert server.answer("later", prompt_of(6), max_new_tokens=2).finish.type != "abort"
+
+
+def test_an_id_in_use_is_refused():
+    server = Server(Setup())
+    server.ask("same", prompt_of(5), max_new_tokens=2)
+    server.ask("same", prompt_of(6), max_new_tokens=2)
+    batch = server.outbox.flush()
+    assert batch.rids == ["same"]
+    assert batch.finish[0].status_code == 400
+
+
+def test_an_abort_during_prefill_stops_its_layers_and_gives_back_its_memory():
+    server = Server(Setup(), num_layers=16)
+    server.ask("other", prompt_of(5), max_new_tokens=40, ignore_eos=True)
+    server.settle(until_s=1e-3)
+    server.ask("gone", prompt_of(16, start=1), max_new_tokens=5)
+    server.turn()
+    assert server.cache.num_open == 2
+    server.engine.abort("gone")
+    server.turn()
+    assert server.answers["gone"].finish.status_code == 499
+    server.finish()
+    launched = sum(run.layers for run in server.timeline.runs(Phase.PREFILL)) - 16
+    assert 0 < launched < 16
+    assert server.answers["other"].finish.type == "length"
+
+
+def test_an_abort_between_two_chunks_keeps_what_is_computed():
+    server = Server(Setup(prefill_tokens=16))
+    prompt = prompt_of(40)
+    server.ask("gone", prompt, max_new_tokens=5)
+    server.turn()
+    while server.timeline.launches(TABLE.whole) == 0:  # until the first chunk is settled
+        server.engine.check()
+        server.clock.advance_to(server.lanes.next_completion_s())
+        server.gang._settle_prefill()
+    server.engine.abort("gone")
+    server.finish()
+    assert server.answers["gone"].finish.status_code == 499
+    assert server.answer("again", prompt, max_new_tokens=1).cached_tokens == 16
+
+
+def test_aborts_go_by_prefix_and_an_empty_one_names_nobody():
+    server = Server(Setup())
+    for rid in ("a1", "a2", "b1"):
+        server.ask(rid, prompt_of(5), max_new_tokens=3)
+    server.engine.abort("")
+    server.engine.abort("1")
+    server.engine.abort("a")
+    server.engine.abort("nobody")
+    server.finish()
+    ends = {rid: answer.finish.type for rid, answer in server.answers.items()}
+    assert {rid for rid, end in ends.items() if end == "abort"} == {"a1", "a2"}
+    server.ask("c1", prompt_of(5), max_new_tokens=3)
+    server.engine.abort("", abort_all=True)
+    server.finish()
+    assert server.answers["c1"].finish.type == "abort"
+
+
+def test_the_abort_of_a_waiting_request_lets_the_next_one_in_at_once():
+    server = Server(Setup(pool_pages=40))
+    server.ask("runs", prompt_of(5), max_new_tokens=30, ignore_eos=True)
+    server.settle(until_s=2e-4)
+    server.ask("large", prompt_of(30, start=1), max_new_tokens=1)
+    server.ask("small", prompt_of(5, start=2), max_new_tokens=1)
+    server.turn()
+    server.engine.abort("large")
+    server.settle(until_s=4e-4)
+    assert server.answers["small"].finish is not None
+    assert server.answers["runs"].finish is None
+    server.finish()
+
+
+def test_a_stop_string_found_elsewhere_ends_the_request():
+    server = Server(Setup())
+    server.ask("r", prompt_of(5), max_new_tokens=50, ignore_eos=True)
+    server.settle(until_s=4e-4)
+    server.engine.stop_matched("r")
+    server.engine.stop_matched("unknown")
+    server.finish()
+    answer = server.answers["r"]
+    assert answer.finish == FinishReason(type="stop")
+    assert 0 < len(answer.ids) < 50
+
+
+def test_retracted_requests_come_back_to_their_prefix_with_the_same_answer():
+    server = Server(Setup(pool_pages=48, conservativeness=0.0))
+    prompts = {f"r{i}": prompt_of(10, start=i) for i in range(3)}
+    for rid, prompt in prompts.items():
+        server.ask(rid, prompt, max_new_tokens=25, ignore_eos=True)
+    server.finish()
+    assert server.engine.retractions > 0
+    assert server.engine.retractions == sum(a.retractions for a in server.answers.values())
+    for rid, prompt in prompts.items():
+        assert server.answers[rid].ids == answer_of(prompt, max_new_tokens=25, ignore_eos=True)
+        assert server.answers[rid].cached_tokens == 0  # at its first admission
+
+
+def test_what_is_promised_to_running_requests_avoids_retractions():
+    careful, careless = (
+        Server(Setup(pool_pages=48, conservativeness=ratio)) for ratio in (2.0, 0.0)
+    )
+    for server in (careful, careless):
+        for i in range(3):
+            server.ask(f"r{i}", prompt_of(10, start=i), max_new_tokens=25, ignore_eos=True)
+        server.finish()
+    assert careful.engine.retractions == 0
+    assert careless.engine.retractions > 0
+
+
+def test_a_large_prompt_is_not_overtaken_for_ever():
+    server = Server(Setup(pool_pages=64, chunked=False))
+    for i in range(3):
+        server.ask(f"early{i}", prompt_of(12, start=i), max_new_tokens=6, ignore_eos=True)
+    server.settle(until_s=1e-4)
+    large = prompt_of(50, start=5)
+    server.ask("large", large, max_new_tokens=4)
+    for i in range(12):
+        server.ask(f"late{i}", prompt_of(12, start=7 + i), max_new_tokens=6, ignore_eos=True)
+        server.turn()
+    while server.answers.get("large", Answer()).finish is None:
+        if not server.turn():
+            server.clock.advance_to(server.lanes.next_completion_s())
+    assert not any(rid.startswith("late") and a.finish for rid, a in server.answers.items())
+    server.finish()
+
+
+def test_lpm_takes_the_longest_cached_prefix_first():
+    served = {}
+    for policy in ("fcfs", "lpm"):
+        server = Server(Setup(policy=policy, max_running=1))
+        prefix = prompt_of(20)
+        server.answer("warm", prefix, max_new_tokens=1)
+        server.ask("cold", prompt_of(20, start=1), max_new_tokens=1)
+        server.ask("half", [*prefix[:10], 1, 1], max_new_tokens=1)
+        server.ask("full", [*prefix, 1, 1], max_new_tokens=1)
+        server.finish()
+        served[policy] = list(server.answers)[1:]
+    assert served == {"fcfs": ["cold", "half", "full"], "lpm": ["full", "half", "cold"]}
+
+
+def test_a_prompt_is_only_shared_once_it_is_computed():
+    """Two requests of one batch each fill their own copy and end up on the same slots."""
+    server = Server(Setup(prefill_tokens=32))
+    prompt = prompt_of(10)
+    server.ask("a", prompt, max_new_tokens=8, ignore_eos=True)
+    server.ask("b", prompt, max_new_tokens=8, ignore_eos=True)
+    server.settle(until_s=2e-4)
+    assert server.answers["b"].cached_tokens == 0
+    assert server.cache.radix.protected == 10
+    server.finish()
+    expected = answer_of(prompt, max_new_tokens=8, ignore_eos=True)
+    assert server.answers["a"].ids == server.answers["b"].ids == expected
+
+
+def test_prefill_and_decode_are_at_work_at_the_same_time():
+    server = Server(Setup(), num_layers=12)
+    server.ask("decodes", prompt_of(5), max_new_tokens=50, ignore_eos=True)
+    server.settle(until_s=1e-3)
+    for i in range(4):
+        server.ask(f"r{i}", prompt_of(40, start=i), max_new_tokens=2)
+    server.finish()
+    assert server.timeline.both_busy_s > 0.5 * server.timeline.busy_s(Phase.PREFILL)
+    assert server.timeline.launches(TABLE.splits[0]) > 0
+
+
+def test_seeds_are_kept_and_requests_without_one_get_different_ones():
+    server = Server(Setup(prefill_tokens=64))
+    server.ask("given", prompt_of(5), max_new_tokens=3, sampling_seed=-5)
+    server.ask("first", prompt_of(5, start=1), max_new_tokens=3)
+    server.ask("second", prompt_of(5, start=2), max_new_tokens=3)
+    server.finish()
+    prefill = server.runner.launched[0]
+    given, first, second = (row.seed for row in prefill.samples)
+    assert given == -5
+    assert first != second
+    for batch in server.runner.launched[1:]:
+        assert {row.seed for row in batch.samples} <= {given, first, second}
+
+
+def test_the_cache_can_only_be_reset_while_idle():
+    server = Server(Setup())
+    server.ask("r", prompt_of(5), max_new_tokens=3)
+    with pytest.raises(AssertionError, match="1 requests in the engine"):
+        server.engine.reset_cache()
+    server.finish()
+    server.engine.reset_cache()
+    assert server.cache.allocator.available == server.cache.allocator.total
+    assert server.answer("again", prompt_of(5), max_new_tokens=3).cached_tokens == 0
+
+
+def test_check_sees_a_lost_slot_and_a_lost_row():
+    server = Server(Setup())
+    server.ask("r", prompt_of(5), max_new_tokens=30, ignore_eos=True)
+    server.settle(until_s=2e-4)
+    lost = server.cache.allocator.alloc_extend(None, 0, 1)
+    with pytest.raises(AssertionError, match="in flight"):
+        server.engine.check()
+    server.cache.allocator.free(lost)
+    server.engine.check()
+    server.engine._rows.alloc()
+    with pytest.raises(AssertionError, match="2 rows taken, 1 in use"):
+        server.engine.check()
