@@ -59,7 +59,7 @@ bench: $(READY)
 check: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy drift_scheduler python/sglang
+	$(PYTHON) -m mypy drift_scheduler python/sglang sgl-kernel/sgl_kernel benchmark
 	$(PYTHON) docs/generate_flags.py --check
 
 docs: $(READY)

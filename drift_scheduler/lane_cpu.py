@@ -93,6 +93,8 @@ class CpuLane:
 
     def _run(self) -> None:
         os.sched_setaffinity(0, self.cores)
+        # The first use in a thread takes over the process-wide default: let that happen before.
+        torch.get_num_threads()
         torch.set_num_threads(self._threads)
         self._started.set()
         with torch.inference_mode():

@@ -400,7 +400,9 @@ def test_stop_ids_end_an_answer_but_not_before_min_new_tokens():
     answer = server.answer("stops", prompt, max_new_tokens=12, stop_token_ids=[stop])
     assert answer.ids == free[: free.index(stop) + 1]
     assert answer.finish == FinishReason(type="stop", matched=stop)
-    later = server.answer("later", prompt, stop_token_ids=[stop], min_new_tokens=6, ignore_eos=True)
+    later = server.answer(
+        "later", prompt, max_new_tokens=12, stop_token_ids=[stop], min_new_tokens=6, ignore_eos=True
+    )
     assert len(later.ids) > 6
     assert stop not in later.ids[:6]
 
@@ -464,11 +466,10 @@ def test_an_abort_between_two_chunks_keeps_what_is_computed():
     server = Server(Setup(prefill_tokens=16))
     prompt = prompt_of(40)
     server.ask("gone", prompt, max_new_tokens=5)
-    server.turn()
-    while server.timeline.launches(TABLE.whole) == 0:  # until the first chunk is settled
-        server.engine.check()
-        server.clock.advance_to(server.lanes.next_completion_s())
-        server.gang._settle_prefill()
+    batch = server.engine.begin_prefill()
+    batch.slice_work(server.lanes.lane(Phase.PREFILL, TABLE.whole), 0, 4)
+    server.engine.finish_prefill(batch)
+    assert server.engine.waiting == 1
     server.engine.abort("gone")
     server.finish()
     assert server.answers["gone"].finish.status_code == 499

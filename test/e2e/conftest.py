@@ -16,7 +16,6 @@ import httpx
 import psutil
 import pytest
 
-import sglang
 from benchmark.server_process import ServerProcess
 from benchmark.smollm2 import model_path
 
@@ -174,18 +173,19 @@ def tokenizer(smollm2: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def import_path() -> Iterator[None]:
-    """Child processes import what this one does, installed or not."""
-    parts = [Path(sglang.__file__ or "").parents[1], ROOT, ROOT / "sgl-kernel"]
-    inherited = os.environ.get("PYTHONPATH")
+def server_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers import what this process does, installed or not, and leave no files in /tmp."""
+    parts = [str(ROOT / folder) for folder in ("python", "", "sgl-kernel")]
+    if "PYTHONPATH" in os.environ:
+        parts.append(os.environ["PYTHONPATH"])
     with pytest.MonkeyPatch.context() as patch:
-        path = os.pathsep.join([*map(str, parts), *([inherited] if inherited else [])])
-        patch.setenv("PYTHONPATH", path)
+        patch.setenv("PYTHONPATH", os.pathsep.join(parts))
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("ipc")))  # a killed one cannot tidy up
         yield
 
 
 @pytest.fixture(scope="session")
-def server(smollm2: Path, import_path: None) -> Iterator[Server]:
+def server(smollm2: Path, server_env: None) -> Iterator[Server]:
     """SmolLM2 in float32, multiplexed. Leaving on SIGTERM with code 0 is part of the test."""
     server = Server(smollm2, SERVER_FLAGS)
     try:
@@ -203,7 +203,7 @@ def client(server: Server, eventually: Callable[..., None]) -> Client:
 
 
 @pytest.fixture
-def launch(import_path: None) -> Iterator[Callable[..., Server]]:
+def launch(server_env: None) -> Iterator[Callable[..., Server]]:
     """launch(model, *flags) starts a server of the test's own; it is gone when the test ends."""
     started: list[Server] = []
 
