@@ -35,12 +35,14 @@ WARM_UP_REQUESTS = 4
 @dataclass(frozen=True, slots=True)
 class TraceLoad:
     """rate: requests/s, Poisson, for about `seconds`; inputs longer than max_input_len are left
-    out. tbt_ms and ttft limits are the service level that attainment is counted against."""
+    out. min_turns: above 1, only whole conversations of at least so many turns are replayed.
+    tbt_ms and the TTFT limits are the service level that attainment is counted against."""
 
     trace: Path
     rate: float
     seconds: float
     max_input_len: int
+    min_turns: int = 1
     seed: int = 0
     ttft_ms: float = 1000.0
     ttft_ms_per_token: float = 0.5
@@ -51,6 +53,7 @@ class TraceLoad:
             "--dataset-name=mooncake",
             f"--dataset-path={self.trace}",
             f"--mooncake-max-input-len={self.max_input_len}",
+            f"--mooncake-min-turns={self.min_turns}",
             f"--request-rate={self.rate}",
             f"--num-prompts={round(self.rate * self.seconds)}",
             f"--seed={self.seed}",
@@ -132,6 +135,7 @@ def _row(
         "rate": load.rate,
         "seconds": load.seconds,
         "max_input_len": load.max_input_len,
+        "min_turns": load.min_turns,
         "seed": load.seed,
         "slo": {
             "ttft_ms": load.ttft_ms,
@@ -196,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, nargs="+", default=[1.0], help="requests/s")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--max-input-len", type=int, default=32768)
+    parser.add_argument("--min-turns", type=int, default=1, help="whole conversations only")
     parser.add_argument("--tbt-ms", type=float, default=50.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
@@ -207,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rate,
             given.seconds,
             given.max_input_len,
+            min_turns=given.min_turns,
             seed=given.seed,
             tbt_ms=given.tbt_ms,
         )

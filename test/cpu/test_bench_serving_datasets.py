@@ -155,6 +155,32 @@ def test_trace_limits_are_counted(tmp_path: Path) -> None:
     assert trace_arrivals_s(loaded.conversations, 3.0) == [0.0, 3.0]
 
 
+def test_whole_conversations_are_kept_in_trace_order(tmp_path: Path) -> None:
+    lengths = {"a1": 600, "b1": 700, "a2": 1200, "c1": 800, "a3": 1700, "c2": 1300, "d1": 900}
+    blocks = {
+        "a1": [0, 1],
+        "b1": [0, 2],  # shares the first block only: a conversation of its own
+        "a2": [0, 1, 3],
+        "c1": [0, 4],
+        "a3": [0, 1, 3, 5],
+        "c2": [0, 4, 6],
+        "d1": [0, 7],
+    }
+    rows = [trace_row(i, lengths[name], blocks[name]) for i, name in enumerate(blocks)]
+
+    def kept(*flags: str) -> list[int]:
+        loaded = trace(tmp_path, rows, *flags)
+        return [turn.prompt_tokens for c in loaded.conversations for turn in c.turns]
+
+    assert kept("--mooncake-min-turns=2") == [lengths[n] for n in ("a1", "a2", "c1", "a3", "c2")]
+    assert kept("--mooncake-min-turns=3") == [lengths[n] for n in ("a1", "a2", "a3")]
+    # Three rows of room: all of a, none of c, rather than a part of each.
+    short = kept("--mooncake-min-turns=2", "--num-prompts=4")
+    assert short == [lengths[n] for n in ("a1", "a2", "a3")]
+    with pytest.raises(BenchError, match="no row of the trace is left"):
+        kept("--mooncake-min-turns=4")
+
+
 def test_batches_are_spread_up_to_the_next_one(tmp_path: Path) -> None:
     rows = [trace_row(t, 10, [i]) for i, t in enumerate([0, 0, 0, 3000, 3000])]
     loaded = trace(tmp_path, rows, "--use-trace-timestamps", "--mooncake-spread-batches")

@@ -65,7 +65,7 @@ class Reference:
 
         self._model = AutoModelForCausalLM.from_pretrained(
             model_file.parent, gguf_file=model_file.name, dtype=torch.float32
-        ).eval()
+        )
 
     @torch.inference_mode()
     def ties(self, prompt: Ids, output: Ids) -> int:

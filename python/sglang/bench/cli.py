@@ -104,6 +104,7 @@ def parse_options(argv: Sequence[str] | None = None) -> BenchOptions:
         ),
         mooncake=MooncakeOptions(
             max_input_len=given.mooncake_max_input_len,
+            min_turns=given.mooncake_min_turns,
             duration_s=given.mooncake_duration_s,
             slowdown_factor=given.mooncake_slowdown_factor,
             spread_batches=given.mooncake_spread_batches,
@@ -256,6 +257,14 @@ def _add_dataset_flags(group: argparse._ArgumentGroup) -> None:
         "--mooncake-max-input-len",
         type=_whole(1),
         help="leave out rows with longer prompts (their count is printed); an addition",
+    )
+    group.add_argument(
+        "--mooncake-min-turns",
+        type=_whole(1),
+        default=1,
+        help="only whole conversations of at least so many rows, the first that fit in "
+        "--num-prompts; a row continues a conversation if it shares a block beyond its first "
+        "with it; an addition",
     )
     group.add_argument(
         "--mooncake-duration-s",

@@ -44,9 +44,11 @@ class MooncakeOptions:
     max_input_len: rows with a longer prompt are left out. duration_s: only rows of this first
     part of the trace, in the trace's own time. slowdown_factor stretches the timestamps; 2 is
     half the load. spread_batches: rows that share a timestamp are spread up to the next one.
+    min_turns: above 1, only whole conversations of at least so many rows.
     """
 
     max_input_len: int | None
+    min_turns: int
     duration_s: float | None
     slowdown_factor: float
     spread_batches: bool

@@ -49,7 +49,11 @@ def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation
         timed = [pair for pair in timed if pair[0].input_tokens <= wanted.max_input_len]
     too_long = in_window - len(timed)
     limit = DEFAULT_NUM_PROMPTS if options.num_prompts is None else options.num_prompts
-    kept = timed[:limit]
+    if wanted.min_turns > 1:
+        chosen = set(_whole_conversations([row for row, _ in timed], wanted.min_turns, limit))
+        kept = [pair for i, pair in enumerate(timed) if i in chosen]
+    else:
+        kept = timed[:limit]
     if not kept:
         raise BenchError("mooncake: no row of the trace is left after the --mooncake-* limits")
     if options.use_trace_timestamps and any(time_ms is None for _, time_ms in kept):
@@ -67,6 +71,8 @@ def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation
         f"--mooncake-duration-s, {too_long} above --mooncake-max-input-len, "
         f"{len(timed) - len(kept)} beyond --num-prompts {limit}"
     )
+    if wanted.min_turns > 1:
+        note += f"; whole conversations of at least {wanted.min_turns} turns"
     if wanted.spread_batches:
         note += "; arrivals that share a timestamp are spread up to the next one"
     return conversations, note
@@ -121,6 +127,30 @@ def _splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def _whole_conversations(rows: Sequence[TraceRow], min_turns: int, limit: int) -> list[int]:
+    """Indices of the rows of the first conversations that fit in `limit`, each with all its rows.
+
+    A row continues the conversation with which it shares its longest run of blocks beyond the
+    first; the first block is often one system prompt common to all.
+    """
+    conversations: list[list[int]] = []
+    conversation_of_block: dict[int, int] = {}
+    for index, row in enumerate(rows):
+        own_blocks = row.hash_ids[1:]
+        known = (conversation_of_block.get(block) for block in reversed(own_blocks))
+        number = next((found for found in known if found is not None), len(conversations))
+        if number == len(conversations):
+            conversations.append([])
+        conversations[number].append(index)
+        for block in own_blocks:
+            conversation_of_block.setdefault(block, number)
+    chosen: list[int] = []
+    for turns in conversations:
+        if min_turns <= len(turns) <= limit - len(chosen):
+            chosen += turns
+    return chosen
 
 
 def _first_part(rows: list[TraceRow], duration_s: float) -> list[TraceRow]:

@@ -97,7 +97,6 @@ class Lifecycle:
         self._manager.stop_accepting()
         if not self._hurry.is_set():
             await _any(self._manager.drained(), self._hurry.wait(), timeout_s=DRAIN_LIMIT_S)
-        self._manager.abort("", abort_all=True)
         self._manager.fail_all(self._crash or _SERVER_GONE)
         self._server.should_exit = True
         await asyncio.wait([serving], timeout=2 * _GOODBYE_LIMIT_S)

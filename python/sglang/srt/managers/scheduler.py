@@ -103,6 +103,8 @@ class Scheduler:
         while self._running:
             self._receive()
             progressed = self._gang.turn()
+            if progressed or self._engine.idle:
+                self._watchdog.beat()
             self._send()
             self._control()
             if not progressed:
@@ -171,8 +173,6 @@ class Scheduler:
             self._to_tokenizer.send(reply)
 
     def _rest(self) -> None:
-        if self._gang.stalled_s() < self._watchdog.timeout_s:
-            self._watchdog.beat()
         if self._gang.idle:
             self._inbox.wait(IDLE_WAIT_MS)
             return

@@ -171,7 +171,13 @@ def _prefill_tokens(args: ServerArgs, on_gpu: bool) -> int:
         return args.max_prefill_tokens
     default = GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS
     page = args.page_size
-    return min(args.max_prefill_tokens, chunk or default) // page * page
+    tokens = min(args.max_prefill_tokens, chunk or default) // page * page
+    if tokens == 0:
+        raise ConfigError(
+            f"--max-prefill-tokens {args.max_prefill_tokens} and chunks of {chunk or default} "
+            f"tokens leave no room for a page: --page-size {page} must not be larger"
+        )
+    return tokens
 
 
 def _num_slots(

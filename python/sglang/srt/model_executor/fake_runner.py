@@ -179,7 +179,7 @@ class FakeRun:
             assert np.array_equal(hashes, chained), f"row {row} reads a mix of two sequences"
             layers = runner.slot_layers[slots]
             assert (layers[:cached_len] == runner.num_layers).all(), (
-                f"row {row} reads a prefix of which {layers.min()} layers are computed"
+                f"row {row} reads a prefix of which {layers[:cached_len].min()} layers are computed"
             )
             assert (layers[cached_len:] == layers_of_new).all(), (
                 f"row {row}: {layers[cached_len:]} layers computed, {layers_of_new} launched"

@@ -97,7 +97,7 @@ class TorchNativeAttention:
         The query heads that share a KV head become its queries: no mask, and keys are read once.
         """
         grouped = q.view(1, self._num_kv_heads, -1, q.shape[-1])
-        return scaled_dot_product_attention(grouped, keys[None], values[None]).view(q.shape)
+        return scaled_dot_product_attention(grouped, keys[None], values[None]).reshape(q.shape)
 
     def _attend_many(
         self,

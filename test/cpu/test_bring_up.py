@@ -1,0 +1,187 @@
+"""Bring-up on CPU: flags become lanes, a policy, and pools of the asked size."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from drift_scheduler.dispatcher import SplitByBatchSize, TakeTurns
+from drift_scheduler.lane import Phase
+from drift_scheduler.partition import Partition, PartitionTable
+from sglang.srt.errors import ConfigError
+from sglang.srt.model_executor.bring_up import bring_up, make_dispatcher, make_lanes
+from sglang.srt.pdmux_config import Division, PdmuxConfig
+from sglang.srt.server_args import ServerArgs
+
+CPU = torch.device("cpu")
+num_cores = len(os.sched_getaffinity(0))
+needs_two_cores = pytest.mark.skipif(num_cores < 2, reason="needs two cores to split")
+
+
+@pytest.fixture
+def start(tiny_model_dir):
+    """start(**flags) brings up the tiny model; its lanes are closed at the end of the test."""
+    started = []
+
+    def start(**flags):
+        args = ServerArgs(
+            **{
+                "model_path": str(tiny_model_dir("llama")),
+                "device": "cpu",
+                "max_total_tokens": 256,
+                **flags,
+            }
+        )
+        args.check()
+        started.append(bring_up(args))
+        return started[-1]
+
+    yield start
+    for executor in started:
+        executor.lanes.close()
+
+
+def test_defaults_on_cpu(start):
+    executor = start()
+    assert executor.device == CPU
+    assert executor.attention_backend == "torch_native"
+    assert executor.num_slots == 256 + 1  # and the scratch page
+    assert executor.num_rows == 64 + 1  # and the padding row
+    assert executor.runner.num_layers == executor.config.num_layers == 3
+    assert executor.runner.slot_table.shape == (65, executor.config.context_length)
+    assert executor.runner.relay.shape == (65,)
+    assert executor.dispatcher == TakeTurns(executor.lanes.table, decode_depth=2)
+    assert len(executor.lanes.table) == 1
+
+
+def test_sizes_follow_their_flags(start):
+    executor = start(
+        max_running_requests=3,
+        context_length=100,
+        page_size=16,
+        max_total_tokens=100,
+        chunked_prefill_size=64,
+        disable_overlap_schedule=True,
+    )
+    assert executor.num_rows == 4
+    assert executor.runner.slot_table.shape == (4, 100)
+    assert executor.num_slots == 96 + 16  # whole pages
+    assert executor.prefill_tokens == 64
+    assert executor.dispatcher.decode_depth == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "prefill_tokens"),
+    [
+        ({}, 2048),
+        ({"chunked_prefill_size": 512}, 512),
+        ({"chunked_prefill_size": 512, "max_prefill_tokens": 100, "page_size": 16}, 96),
+        ({"chunked_prefill_size": -1, "max_prefill_tokens": 777}, 777),
+    ],
+)
+def test_tokens_of_a_prefill_batch(start, flags, prefill_tokens):
+    assert start(**flags).prefill_tokens == prefill_tokens
+
+
+@pytest.mark.parametrize(
+    "flags", [{"max_prefill_tokens": 32, "page_size": 64}, {"page_size": 4096}]
+)
+def test_a_prefill_batch_smaller_than_a_page_is_refused(start, flags):
+    with pytest.raises(ConfigError, match="--max-prefill-tokens .* --page-size"):
+        start(max_total_tokens=16384, **flags)
+
+
+def test_every_lane_has_attention_of_its_own(start):
+    flags = {"enable_pdmux": True} if num_cores > 1 else {}
+    executor = start(**flags)
+    attention = executor.runner.attention
+    expected = {(phase, index) for phase in Phase for index in range(len(executor.lanes.table))}
+    assert set(attention) == expected
+    assert len({id(backend) for backend in attention.values()}) == len(expected)
+
+
+def test_a_pool_that_does_not_fit_names_the_flags(start):
+    with pytest.raises(ConfigError, match=r"--max-total-tokens \d+ does not fit.*--mem-fraction"):
+        start(max_total_tokens=10**9)
+
+
+def test_no_room_at_all_names_the_flag(start):
+    with pytest.raises(ConfigError, match="--mem-fraction-static"):
+        start(max_total_tokens=None, mem_fraction_static=1e-9)
+
+
+def test_without_a_size_the_pool_takes_its_share_of_free_memory(start, monkeypatch):
+    free_bytes = 3_000_000
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes))
+    executor = start(max_total_tokens=None, mem_fraction_static=0.5, page_size=4)
+    config = executor.config
+    table_bytes = executor.num_rows * config.context_length * 4
+    room = (free_bytes / 2 - table_bytes) / config.kv_bytes_per_token
+    assert executor.num_slots % 4 == 0
+    assert room - 4 < executor.num_slots <= room
+
+
+@needs_two_cores
+def test_multiplexing_divides_the_cores():
+    pdmux = PdmuxConfig()
+    lanes = make_lanes(CPU, pdmux)
+    try:
+        assert 1 <= len(lanes.table.splits) <= pdmux.sm_group_num - 2
+        dispatcher = make_dispatcher(lanes, pdmux, depth=2)
+        assert isinstance(dispatcher, SplitByBatchSize)
+        assert len(dispatcher.thresholds) == len(lanes.table.splits)
+        assert dispatcher.thresholds[0] == 1
+        assert dispatcher.layer_token_budget == pdmux.split_forward_token_budget
+    finally:
+        lanes.close()
+
+
+def test_a_division_larger_than_the_machine_is_a_config_error():
+    rows = (Division(prefill_sms=1, decode_sms=num_cores, min_decode_reqs=1),)
+    with pytest.raises(ConfigError, match=f"{num_cores} decode cores do not fit"):
+        make_lanes(CPU, PdmuxConfig(sm_group_num=3, manual_divisions=rows))
+
+
+@pytest.mark.parametrize("shares", [(2, 1), (1, 1)])
+def test_divisions_must_give_decode_more_and_more(shares):
+    rows = tuple(Division(1, share, i) for i, share in enumerate(shares))
+    with pytest.raises(ConfigError, match=r"rising decode SMs, got \[\d, 1\]"):
+        make_lanes(CPU, PdmuxConfig(sm_group_num=4, manual_divisions=rows))
+
+
+def granting(splits: dict[int, int], total: int = 132) -> SimpleNamespace:
+    """Lanes of a device that grants other shares than were asked: {asked: granted}."""
+    table = PartitionTable(
+        total,
+        tuple(
+            Partition(i + 1, total - share, share)
+            for i, share in enumerate(sorted(set(splits.values())))
+        ),
+    )
+    return SimpleNamespace(table=table, granted=splits)
+
+
+def test_thresholds_of_divisions_go_with_the_share_that_was_granted():
+    rows = (Division(112, 20, 2), Division(92, 40, 8), Division(60, 72, 20))
+    pdmux = PdmuxConfig(sm_group_num=5, manual_divisions=rows, split_forward_token_budget=777)
+    dispatcher = make_dispatcher(granting({20: 24, 40: 40, 72: 72}), pdmux, depth=1)
+    assert dispatcher.thresholds == (2, 8, 20)
+    assert dispatcher.layer_token_budget == 777
+    assert dispatcher.decode_depth == 1
+
+
+def test_divisions_rounded_to_one_share_keep_the_smallest_threshold():
+    rows = (Division(112, 20, 2), Division(110, 22, 8), Division(60, 72, 20))
+    pdmux = PdmuxConfig(sm_group_num=5, manual_divisions=rows)
+    dispatcher = make_dispatcher(granting({20: 24, 22: 24, 72: 72}), pdmux, depth=2)
+    assert dispatcher.thresholds == (2, 20)
+
+
+def test_without_divisions_thresholds_are_even():
+    pdmux = PdmuxConfig(sm_group_num=5, decode_bs_divisor=30)
+    dispatcher = make_dispatcher(granting({24: 24, 48: 48, 72: 72}), pdmux, depth=2)
+    assert dispatcher.thresholds == (1, 10, 20)

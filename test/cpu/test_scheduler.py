@@ -1,0 +1,367 @@
+"""The scheduler's loop with scripted messages and a fake runner, in virtual time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+
+import pytest
+
+from drift_scheduler.dispatcher import SplitByBatchSize
+from drift_scheduler.gang import Gang
+from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
+from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.timeline import Timeline
+from sglang.srt.managers.outbox import Outbox
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.serving_engine import EngineLimits, ServingEngine
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.sequence_cache import SequenceCache
+from sglang.srt.mem_cache.slot_allocator import SlotAllocator
+from sglang.srt.mem_cache.slot_table import RowPool
+from sglang.srt.messages import (
+    AbortRequest,
+    FlushCache,
+    GenerateRequest,
+    GetState,
+    Message,
+    Shutdown,
+    StopMatched,
+    TokenBatch,
+)
+from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, cost_by_tokens
+from sglang.srt.observability.scheduler_log import SchedulerLog
+from sglang.srt.observability.watchdog import Watchdog
+from sglang.srt.sampling_params import SamplingParams
+
+NUM_SLOTS = 129
+NUM_ROWS = 5
+CONTEXT = 100
+TABLE = PartitionTable(4, (Partition(1, 3, 1), Partition(2, 2, 2)))
+WATCHDOG_S = 60.0
+
+
+class Hung(Exception):
+    """The watchdog fired."""
+
+
+class WakingLanes(VirtualLanes):
+    """Virtual lanes with a descriptor, so that the loop waits in the inbox and not in a sleep."""
+
+    def __init__(self, table: PartitionTable, clock: VirtualClock) -> None:
+        super().__init__(table, clock)
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def completion_fd(self) -> int | None:
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Inbox:
+    """Messages at their times. Waiting moves the clock to whatever comes next."""
+
+    def __init__(
+        self,
+        script: list[tuple[float, Message]],
+        clock: VirtualClock,
+        lanes: WakingLanes,
+        watchdog: Watchdog,
+        turn_s: float,
+    ) -> None:
+        self._script = sorted(script, key=lambda entry: entry[0])
+        self._clock = clock
+        self._lanes = lanes
+        self._watchdog = watchdog
+        self._turn_s = turn_s
+
+    def drain(self) -> list[Message]:
+        self._clock.advance_to(self._clock.now_s + self._turn_s)
+        self._watchdog.check()
+        due = list(itertools.takewhile(lambda entry: entry[0] <= self._clock.now_s, self._script))
+        del self._script[: len(due)]
+        return [message for _, message in due]
+
+    def wait(self, timeout_ms: int, other_fd: int | None = None) -> None:
+        wake_s = self._clock.now_s + timeout_ms / 1000
+        if self._script:
+            wake_s = min(wake_s, self._script[0][0])
+        completion_s = self._lanes.next_completion_s()
+        if other_fd is not None and completion_s is not None:
+            wake_s = min(wake_s, completion_s)
+        self._clock.advance_to(max(wake_s, self._clock.now_s))
+        self._watchdog.check()
+
+
+class Outlet:
+    """Keeps what is sent, with its time."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+        self.sent: list[tuple[float, Message]] = []
+
+    def send(self, message: Message) -> None:
+        self.sent.append((self._clock.now_s, message))
+
+
+class House:
+    """A scheduler and what it has sent."""
+
+    def __init__(
+        self,
+        script: list[tuple[float, Message]],
+        *,
+        cost: Callable = cost_by_tokens,
+        dispatcher=None,
+        turn_s: float = 0.0,
+    ) -> None:
+        self.clock = VirtualClock()
+        self.lanes = WakingLanes(TABLE, self.clock)
+        self.watchdog = Watchdog(WATCHDOG_S, self._hung, self.clock)
+        allocator = SlotAllocator(NUM_SLOTS, 1)
+        self.cache = SequenceCache(RadixCache(1, allocator.free), allocator)
+        outbox = Outbox()
+        self.engine = ServingEngine(
+            FakeRunner(
+                num_layers=4,
+                num_slots=NUM_SLOTS,
+                num_rows=NUM_ROWS,
+                context_length=CONTEXT,
+                choose=choose_by_hash(50),
+                cost=cost,
+            ),
+            self.cache,
+            RowPool(NUM_ROWS),
+            EngineLimits(context_length=CONTEXT, prefill_tokens=32, chunked=True),
+            eos_token_ids=frozenset(),
+            outbox=outbox,
+            random_seed=0,
+        )
+        timeline = Timeline()
+        gang = Gang(
+            self.engine,
+            self.lanes,
+            dispatcher or SplitByBatchSize(TABLE, (1, 3)),
+            timeline,
+            self.clock,
+        )
+        self.tokenizer, self.detokenizer = Outlet(self.clock), Outlet(self.clock)
+        self.scheduler = Scheduler(
+            engine=self.engine,
+            gang=gang,
+            timeline=timeline,
+            cache=self.cache,
+            outbox=outbox,
+            lanes=self.lanes,
+            inbox=Inbox(script, self.clock, self.lanes, self.watchdog, turn_s),
+            to_tokenizer=self.tokenizer,
+            to_detokenizer=self.detokenizer,
+            watchdog=self.watchdog,
+            log=SchedulerLog(40, self.clock),
+            clock=self.clock,
+        )
+
+    def _hung(self, silent_s: float) -> None:
+        raise Hung(f"silent for {silent_s:.1f} s")
+
+    def run(self) -> House:
+        try:
+            self.scheduler.run()
+        finally:
+            self.lanes.close()
+        return self
+
+    def ids(self, rid: str) -> list[int]:
+        return [
+            token
+            for _, batch in self.detokenizer.sent
+            if isinstance(batch, TokenBatch) and rid in batch.rids
+            for token in batch.new_ids[batch.rids.index(rid)]
+        ]
+
+    def ends(self) -> dict[str, str]:
+        """rid -> type of its finish."""
+        ends: dict[str, str] = {}
+        for _, batch in self.detokenizer.sent:
+            if isinstance(batch, TokenBatch):
+                for rid, finish in zip(batch.rids, batch.finish, strict=True):
+                    if finish is not None:
+                        assert rid not in ends, f"{rid} ends twice"
+                        ends[rid] = finish.type
+        return ends
+
+    def replies(self) -> list[tuple[float, int, bool]]:
+        return [(time_s, reply.call_id, reply.ok) for time_s, reply in self.tokenizer.sent]
+
+
+def ask(rid: str, tokens: int = 5, max_new_tokens: int = 4) -> GenerateRequest:
+    return GenerateRequest(
+        rid=rid,
+        input_ids=list(range(tokens)),
+        sampling=SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens),
+        arrival_s=0.0,
+    )
+
+
+def one_second_a_launch(batch, layers, lane) -> float:
+    return 1.0
+
+
+def test_requests_are_answered_and_shutdown_is_passed_on():
+    house = House([(0.0, ask("a")), (0.1, ask("b", tokens=40)), (1.0, Shutdown())]).run()
+    assert house.ends() == {"a": "length", "b": "length"}
+    assert len(house.ids("a")) == len(house.ids("b")) == 4
+    assert house.detokenizer.sent[-1] == (1.0, Shutdown())
+
+
+def test_tokens_are_sent_as_they_come():
+    house = House([(0.0, ask("a")), (30.0, Shutdown())], cost=one_second_a_launch).run()
+    times = [time_s for time_s, batch in house.detokenizer.sent if isinstance(batch, TokenBatch)]
+    assert times == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_shutdown_ends_the_loop_while_requests_run():
+    house = House(
+        [(0.0, ask("a", max_new_tokens=90)), (3.5, Shutdown())], cost=one_second_a_launch
+    ).run()
+    assert any(message == Shutdown() for _, message in house.detokenizer.sent)
+    assert house.clock.now_s < 5.0
+
+
+def test_an_abort_and_a_stop_string_end_their_requests():
+    house = House(
+        [
+            (0.0, ask("a", max_new_tokens=80)),
+            (0.0, ask("b", max_new_tokens=80)),
+            (0.0, ask("c", max_new_tokens=8)),
+            (5.5, AbortRequest(rid="a")),
+            (6.5, StopMatched(rid="b")),
+            (99.0, Shutdown()),
+        ],
+        cost=one_second_a_launch,
+    ).run()
+    assert house.ends() == {"a": "abort", "b": "stop", "c": "length"}
+    assert house.engine.idle
+
+
+def test_abort_all_ends_everything():
+    script = [(0.0, ask(f"r{i}", max_new_tokens=20)) for i in range(6)]
+    house = House(
+        [*script, (5.0, AbortRequest(abort_all=True)), (50.0, Shutdown())],
+        cost=one_second_a_launch,
+    ).run()
+    assert set(house.ends().values()) == {"abort"}
+    assert len(house.ends()) == 6
+
+
+def test_an_idle_server_flushes_at_once():
+    house = House([(0.0, ask("a")), (5.0, FlushCache(call_id=7)), (6.0, Shutdown())]).run()
+    assert house.replies() == [(5.0, 7, True)]
+    assert house.cache.allocator.available == NUM_SLOTS - 1
+
+
+def test_a_busy_server_refuses_a_flush_that_will_not_wait_and_says_why():
+    house = House(
+        [(0.0, ask("a", max_new_tokens=20)), (5.0, FlushCache(call_id=7)), (50.0, Shutdown())],
+        cost=one_second_a_launch,
+    ).run()
+    assert house.replies() == [(5.0, 7, False)]
+    assert "1 requests are running" in house.tokenizer.sent[0][1].message
+    assert house.ends() == {"a": "length"}
+
+
+def test_a_flush_waits_for_idleness_until_its_deadline():
+    house = House(
+        [
+            (0.0, ask("a", max_new_tokens=10)),
+            (2.0, FlushCache(call_id=1, timeout_s=3.0)),
+            (2.0, FlushCache(call_id=2, timeout_s=30.0)),
+            (50.0, Shutdown()),
+        ],
+        cost=one_second_a_launch,
+    ).run()
+    (late_s, *refused), (idle_s, *flushed) = house.replies()
+    assert refused == [1, False]
+    assert 5.0 <= late_s <= 5.2 + 1e-6
+    assert flushed == [2, True]
+    assert idle_s == pytest.approx(10.0)
+    assert house.cache.allocator.available == NUM_SLOTS - 1
+
+
+def test_state_is_told_at_once_while_work_is_in_flight():
+    house = House(
+        [
+            (0.0, ask("a", max_new_tokens=30)),
+            (3.0, ask("b", tokens=60, max_new_tokens=1)),
+            (8.0, GetState(call_id=3)),
+            (90.0, Shutdown()),
+        ],
+        cost=one_second_a_launch,
+    ).run()
+    ((time_s, call_id, ok),) = house.replies()
+    assert (time_s, call_id, ok) == (8.0, 3, True)
+    state = house.tokenizer.sent[0][1].data
+    assert state["running_requests"] == 1
+    assert state["waiting_requests"] == 0
+    assert 0 < state["used_tokens"] < NUM_SLOTS
+    assert state["token_usage"] == pytest.approx(state["used_tokens"] / (NUM_SLOTS - 1))
+    multiplex = state["pd_multiplex"]
+    assert multiplex["enabled"]
+    assert multiplex["both_busy_s"] > 0
+    assert [p["decode_sms"] for p in multiplex["partitions"]] == [4, 1, 2]
+    assert sum(p["launches"] for p in multiplex["partitions"]) > 5
+
+
+def test_accounts_are_checked_when_the_engine_becomes_idle():
+    house = House([(0.0, ask("a")), (5.0, ask("b")), (9.0, Shutdown())])
+    house.cache.allocator.alloc_extend(None, 0, 1)  # lost
+    with pytest.raises(AssertionError, match="in flight"):
+        house.run()
+
+
+def test_an_idle_server_is_not_hung():
+    house = House([(10 * WATCHDOG_S, ask("a")), (20 * WATCHDOG_S, Shutdown())]).run()
+    assert house.ends() == {"a": "length"}
+
+
+def test_a_server_busy_for_long_is_not_hung():
+    house = House(
+        [(0.0, ask("a", max_new_tokens=90)), (20 * WATCHDOG_S, Shutdown())],
+        cost=lambda batch, layers, lane: 0.9 * WATCHDOG_S,
+    ).run()
+    assert house.ends() == {}  # still at it
+    assert len(house.ids("a")) > 10
+
+
+def test_a_server_that_never_waits_for_its_device_is_not_hung():
+    """Every turn finds something finished, so the loop never rests."""
+    script = [(0.0, ask(f"r{i}", tokens=5 + i, max_new_tokens=60)) for i in range(8)]
+    house = House(
+        [*script, (2000.0, Shutdown())], cost=lambda batch, layers, lane: 0.0, turn_s=1.0
+    ).run()
+    assert len(house.ends()) == 8
+
+
+def test_work_that_never_ends_is_a_hang():
+    house = House(
+        [(5.0, ask("a")), (10 * WATCHDOG_S, Shutdown())], cost=lambda batch, layers, lane: 1e9
+    )
+    with pytest.raises(Hung):
+        house.run()
+    assert house.clock.now_s == pytest.approx(5.0 + WATCHDOG_S, abs=1.0)
+
+
+class NeverAdmits(SplitByBatchSize):
+    def admits(self, view, now_s) -> bool:
+        return False
+
+
+def test_requests_that_wait_for_ever_are_a_hang():
+    house = House(
+        [(5.0, ask("a")), (10 * WATCHDOG_S, Shutdown())], dispatcher=NeverAdmits(TABLE, (1, 3))
+    )
+    with pytest.raises(Hung):
+        house.run()
+    assert house.clock.now_s == pytest.approx(5.0 + WATCHDOG_S, abs=1.0)
