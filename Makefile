@@ -17,7 +17,7 @@ endif
 MODEL ?= $(shell $(PYTHON) -m benchmark.smollm2)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test test-gpu bench check docs clean
+.PHONY: help install serve demo test test-gpu bench bench-batch check docs clean
 
 help:
 	@echo "make demo       start a server, hold conversations with it, report what was reused and overlapped"
@@ -25,6 +25,7 @@ help:
 	@echo "make test       all tests that need no GPU"
 	@echo "make test-gpu   tests of the GPU path; usually with PYTHON=python3"
 	@echo "make bench      load a running server; ARGS='flags of sglang.bench_serving'"
+	@echo "make bench-batch  time batches without a server; MODEL=path ARGS='--decode 8x1024 ...'"
 	@echo "make check      lint, format, types, and whether docs/flags.md is up to date"
 	@echo "make docs       write docs/flags.md from the flags' declarations"
 	@echo "make install    make .venv with everything for the above; TORCH='torch==X --index-url ...'"
@@ -55,6 +56,9 @@ test-gpu: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m sglang.bench_serving --port $(PORT) $(ARGS)
+
+bench-batch: $(READY)
+	$(PYTHON) -m sglang.bench_one_batch --model-path "$(MODEL)" $(ARGS)
 
 check: $(READY)
 	$(PYTHON) -m ruff check .

@@ -138,5 +138,5 @@ class SplitByBatchSize:
 
 
 def even_thresholds(splits: int, batch_size_for_last: int) -> tuple[int, ...]:
-    """Thresholds that move to the next split every batch_size_for_last / splits requests."""
-    return tuple(max(1, -(-batch_size_for_last * i // splits)) for i in range(splits))
+    """Thresholds that rise evenly up to batch_size_for_last, where the last split begins."""
+    return (1, *(-(-batch_size_for_last * (i + 1) // splits) for i in range(1, splits)))

@@ -145,24 +145,16 @@ class Gang(Generic[P, D]):
         self._last_slice: Ticket | None = None
         # The last slice of prefills that have joined decode since the last decode launch.
         self._merged: Ticket | None = None
-        self._progress_s = clock()
 
     @property
     def idle(self) -> bool:
         """Nothing is in flight."""
         return self._prefill is None and not self._decode
 
-    def stalled_s(self) -> float:
-        """How long work has been in flight without any of it finishing."""
-        return 0.0 if self.idle else self._clock() - self._progress_s
-
     def turn(self) -> bool:
         """One round. Returns whether anything was settled or launched."""
         settled = self._settle_decode() + self._settle_prefill()
         now_s = self._clock()
-        if settled:
-            self._progress_s = now_s
-        was_idle = self.idle
         if (
             self._prefill is None
             and self._engine.waiting
@@ -176,8 +168,6 @@ class Gang(Generic[P, D]):
             launched |= self._launch_decode(plan.partition)
         if plan.prefill_layers and self._prefill and not self._prefill.job.cancelled:
             launched |= self._launch_prefill(plan.partition, plan.prefill_layers)
-        if was_idle and launched:
-            self._progress_s = now_s
         return bool(settled) or launched
 
     def _settle_decode(self) -> int:

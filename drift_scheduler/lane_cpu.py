@@ -90,6 +90,8 @@ class CpuLane:
     def close(self) -> None:
         self._work.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise LaneTimeout(f"lane {self.phase} {self.partition} is still at work")
 
     def _run(self) -> None:
         os.sched_setaffinity(0, self.cores)

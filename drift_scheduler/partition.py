@@ -16,7 +16,8 @@ class PartitionError(ValueError):
 class Partition:
     """One way to divide the device. Counts are what the device granted, not what was asked.
 
-    With `exclusive` both counts are the whole device's and only one phase may run at a time.
+    With `exclusive` both counts are the whole device's, and only one phase is launched on it.
+    Around a change of partition, work launched before it may still run beside work behind it.
     """
 
     index: int

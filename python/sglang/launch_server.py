@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"sglang: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there was a server to stop
+        return 130
 
 
 if __name__ == "__main__":  # children are spawned and import this file again

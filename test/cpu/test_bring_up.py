@@ -91,7 +91,7 @@ def test_tokens_of_a_prefill_batch(start, flags, prefill_tokens):
     "flags", [{"max_prefill_tokens": 32, "page_size": 64}, {"page_size": 4096}]
 )
 def test_a_prefill_batch_smaller_than_a_page_is_refused(start, flags):
-    with pytest.raises(ConfigError, match="--max-prefill-tokens .* --page-size"):
+    with pytest.raises(ConfigError, match=r"--max-prefill-tokens .* --page-size"):
         start(max_total_tokens=16384, **flags)
 
 
@@ -184,4 +184,4 @@ def test_divisions_rounded_to_one_share_keep_the_smallest_threshold():
 def test_without_divisions_thresholds_are_even():
     pdmux = PdmuxConfig(sm_group_num=5, decode_bs_divisor=30)
     dispatcher = make_dispatcher(granting({24: 24, 48: 48, 72: 72}), pdmux, depth=2)
-    assert dispatcher.thresholds == (1, 10, 20)
+    assert dispatcher.thresholds == (1, 20, 30)

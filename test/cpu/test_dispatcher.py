@@ -158,8 +158,8 @@ def test_even_thresholds_rise_from_one_within_the_batch_size(splits, largest):
     assert len(thresholds) == splits
     assert thresholds[0] == 1
     assert list(thresholds) == sorted(thresholds)
-    assert thresholds[-1] <= max(largest, 1)
+    assert thresholds[-1] == (largest if splits > 1 else 1)
 
 
 def test_even_thresholds_of_the_default_configuration():
-    assert even_thresholds(6, 36) == (1, 6, 12, 18, 24, 30)
+    assert even_thresholds(6, 36) == (1, 12, 18, 24, 30, 36)

@@ -369,24 +369,6 @@ def test_taking_turns_prefills_first_then_decodes():
     assert {run.partition.index for phase in Phase for run in bench.timeline.runs(phase)} == {0}
 
 
-def test_stalled_s_counts_from_the_last_thing_that_finished():
-    bench = Bench()
-    bench.clock.advance_to(1000.0)
-    assert bench.gang.stalled_s() == 0.0
-    bench.engine.ask("a", steps=10)
-    bench.settle()
-    assert bench.gang.stalled_s() == 0.0  # the idle time before does not count
-    bench.clock.advance_to(1005.0)
-    bench.settle()
-    assert bench.gang.stalled_s() == 5.0
-    bench.clock.advance_to(1000.0 + LAYERS * LAYER_S)
-    bench.settle()
-    assert bench.gang.stalled_s() == 0.0
-    bench.finish()
-    bench.clock.advance_to(9999.0)
-    assert bench.gang.stalled_s() == 0.0
-
-
 def record_launches(lanes: VirtualLanes) -> list[tuple[Phase, list[int]]]:
     """From now on: the phase of each launch, and which earlier launches it was put behind."""
     launches: list[tuple[Phase, list[int]]] = []

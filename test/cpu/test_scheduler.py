@@ -303,7 +303,7 @@ def test_state_is_told_at_once_while_work_is_in_flight():
     ((time_s, call_id, ok),) = house.replies()
     assert (time_s, call_id, ok) == (8.0, 3, True)
     state = house.tokenizer.sent[0][1].data
-    assert state["running_requests"] == 1
+    assert state["running_requests"] == 2  # one decodes, one is in prefill
     assert state["waiting_requests"] == 0
     assert 0 < state["used_tokens"] < NUM_SLOTS
     assert state["token_usage"] == pytest.approx(state["used_tokens"] / (NUM_SLOTS - 1))

@@ -25,6 +25,8 @@ from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import FinishReason, GenerateRequest
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
 from sglang.srt.model_executor.host_batch import SampleRow
+from sglang.srt.queue import WaitingQueue
+from sglang.srt.requests import Request
 from sglang.srt.sampling_params import SamplingParams
 
 VOCAB_SIZE = 19
@@ -366,6 +368,18 @@ def test_the_next_turn_of_a_conversation_reuses_all_computed_tokens(page_size, r
     assert server.answers["second"].ids == answer_of(second, max_new_tokens=3)
 
 
+def test_what_was_computed_beyond_a_stop_stays_cached():
+    """The step behind the one that stops was in flight; it has computed the last token."""
+    server = Server(Setup())
+    prompt = prompt_of(5)
+    stop = answer_of(prompt, max_new_tokens=12, ignore_eos=True)[4]
+    answer = server.answer("stops", prompt, max_new_tokens=12, stop_token_ids=[stop])
+    assert answer.finish.type == "stop"
+    following = [*prompt, *answer.ids, 1]
+    cached = server.answer("next", following, max_new_tokens=1).cached_tokens
+    assert cached == len(prompt) + len(answer.ids)
+
+
 def test_namespaces_share_nothing():
     server = Server(Setup())
     prompt = prompt_of(10)
@@ -559,6 +573,27 @@ def test_a_large_prompt_is_not_overtaken_for_ever():
             server.clock.advance_to(server.lanes.next_completion_s())
     assert not any(rid.startswith("late") and a.finish for rid, a in server.answers.items())
     server.finish()
+
+
+def test_a_request_that_comes_back_to_the_queue_keeps_its_place():
+    queue = WaitingQueue("fcfs", cached_prefix=lambda request: 0)
+    requests = [
+        Request(
+            GenerateRequest(
+                rid=rid, input_ids=[1], sampling=SamplingParams(), arrival_s=float(arrival_s)
+            ),
+            max_new_tokens=1,
+            seed=0,
+            eos_token_ids=frozenset(),
+        )
+        for arrival_s, rid in enumerate("abc")
+    ]
+    for request in requests:
+        queue.add(request)
+    queue.remove(requests[0])
+    queue.add(requests[0])
+    assert queue.in_order() == requests
+    assert len(queue) == 3
 
 
 def test_lpm_takes_the_longest_cached_prefix_first():

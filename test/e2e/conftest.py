@@ -27,6 +27,7 @@ ANSWER_LIMIT_S = 240.0
 SERVER_FLAGS = [
     "--enable-pd-multiplex",
     "--dtype=float32",
+    "--context-length=4096",
     "--max-total-tokens=24K",
     "--enable-cache-report",
 ]

@@ -15,7 +15,7 @@ import pytest
 GREEDY = {"temperature": 0, "ignore_eos": True}
 ENDLESS = {**GREEDY, "max_new_tokens": 4000}
 STORY = "The lighthouse keeper climbed the stairs one last time, and"
-CONTEXT_LENGTH = 8192
+CONTEXT_LENGTH = 4096
 IDLE_LIMIT_S = 60.0
 
 
