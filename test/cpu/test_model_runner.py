@@ -31,7 +31,7 @@ from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import GenerateRequest
 from sglang.srt.model_config import ModelConfig, resolve_model_source
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
-from sglang.srt.model_executor.host_batch import HostBatch, SampleRow, upload
+from sglang.srt.model_executor.host_batch import HostBatch, SampleRow, upload, upload_outside
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader import load_model
 from sglang.srt.sampling_params import SamplingParams
@@ -238,17 +238,24 @@ def test_upload_keeps_every_field_apart():
         (forward.new_lens, [3, 4], torch.int32),
         (forward.new_starts, [0, 3, 7], torch.int32),
         (device.table_index, batch.table_index, torch.int64),
-        (device.table_slots, batch.token_slots, torch.int32),
-        (device.sample_tokens, [2, 6], torch.int64),
-        (device.sample_rows, [5, 2], torch.int64),
-        (device.sample_positions, [3, 4], torch.int64),
+        (device.table_slots, batch.token_slots, torch.int64),
+        (device.samples.tokens, [2, 6], torch.int64),
+        (device.samples.rows, [5, 2], torch.int64),
+        (device.samples.positions, [3, 4], torch.int64),
     ]:
         assert got.dtype == dtype
         assert got.tolist() == list(expected)
     assert (forward.new_lens_host, forward.seq_lens_host) == ([3, 4], [3, 4])
+    outside = upload_outside(batch, torch.device("cpu"))
+    assert torch.equal(outside.table_index, device.table_index)
+    assert torch.equal(outside.table_slots, device.table_slots)
+    for got, expected in zip(outside.samples, device.samples, strict=True):
+        assert torch.equal(got, expected)
 
 
-def serve(runner, lanes, requests, *, split: bool, pool_tokens: int = NUM_SLOTS - 1):
+def serve(
+    runner, lanes, requests, *, split: bool, pool_tokens: int = NUM_SLOTS - 1, random_seed: int = 1
+):
     """Runs requests {rid: (prompt, sampling)} through engine and gang: rid -> (ids, cached)."""
     allocator = SlotAllocator(pool_tokens + 1, 1)
     outbox = Outbox()
@@ -259,7 +266,7 @@ def serve(runner, lanes, requests, *, split: bool, pool_tokens: int = NUM_SLOTS 
         EngineLimits(context_length=CONTEXT, prefill_tokens=24, chunked=True, conservativeness=0.0),
         eos_token_ids=frozenset(),
         outbox=outbox,
-        random_seed=1,
+        random_seed=random_seed,
     )
     dispatcher = SplitByBatchSize(lanes.table, (1,)) if split else TakeTurns(lanes.table)
     timeline = Timeline()
@@ -292,18 +299,17 @@ def serve(runner, lanes, requests, *, split: bool, pool_tokens: int = NUM_SLOTS 
     ],
 )
 def test_the_whole_engine_on_cpu_lanes_gives_greedy_answers(runner, lanes, greedy, split):
-    shared = prompt_of(20)
+    # The first two are one batch and grow at the same pace to more than the pool holds.
+    lengths = [(12, 30), (11, 30), (26, 4), (8, 1), (30, 6)]
+    shared = prompt_of(40)
     requests = {
-        f"r{i}": (
-            [*shared[: 5 * i], 100 + i, *prompt_of(3 + i)],
-            replaced(max_new_tokens=4 + 2 * i),
-        )
-        for i in range(6)
+        f"r{i}": ([*shared[: tokens - 3], 100 + i, 1, 2], replaced(max_new_tokens=count))
+        for i, (tokens, count) in enumerate(lengths)
     }
     answers, engine, timeline = serve(runner, lanes, requests, split=split, pool_tokens=56)
     for rid, (prompt, sampling) in requests.items():
         assert answers[rid][0] == greedy(prompt, sampling.max_new_tokens), rid
-    assert engine.retractions > 0  # the pool is too small for all of them
+    assert engine.retractions > 0
     assert timeline.busy_s(Phase.PREFILL) > 0
     assert timeline.busy_s(Phase.DECODE) > 0
 
@@ -334,6 +340,16 @@ def test_random_answers_do_not_depend_on_their_neighbours(runner, lanes):
         alone, _, _ = serve(runner, lanes, {rid: request}, split=False)
         assert together[rid][0] == alone[rid][0], rid
     assert together["random"][0] != together["other seed"][0]
+
+
+def test_requests_with_equal_parameters_keep_seeds_of_their_own(runner, lanes):
+    prompt, wish = prompt_of(6), replaced(temperature=1.0, max_new_tokens=12)
+    seed = int(np.random.default_rng(2).integers(2**62))
+    serve(runner, lanes, {"first": (prompt, wish)}, split=False, random_seed=1)
+    second, _, _ = serve(runner, lanes, {"r": (prompt, wish)}, split=False, random_seed=2)
+    explicit = replaced(temperature=1.0, max_new_tokens=12, sampling_seed=seed)
+    expected, _, _ = serve(runner, lanes, {"r": (prompt, explicit)}, split=False)
+    assert second["r"][0] == expected["r"][0]
 
 
 def test_min_new_tokens_withholds_stop_ids(runner, lanes, greedy):

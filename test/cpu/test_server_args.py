@@ -90,7 +90,7 @@ def test_upstream_start_command_of_pdmux_is_accepted():
     [
         (["--max", "3"], r"ambiguous option: --max could match .*--max-total-tokens"),
         (["--quantization", "fp8"], r"known in SGLang but not supported .* yet: --quantization$"),
-        (["--cuda-graph-max-bs=8"], r"known in SGLang but not supported .*: --cuda-graph-max-bs$"),
+        (["--cuda-graph-bs=8"], r"known in SGLang but not supported .*: --cuda-graph-bs$"),
         (["--chunked-prefil-sice", "8"], r"unknown flag: .* mean --chunked-prefill-size\?"),
         (["--quux"], r"^unknown flag: --quux$"),
         (["-q"], r"^unknown flag: -q$"),

@@ -202,6 +202,18 @@ class ServerArgs:
     attention_backend: Literal["auto", "triton", "torch_native"] = flag(
         "auto", "auto is triton on GPUs and torch_native on CPUs.", group=_DEVICE
     )
+    disable_cuda_graph: bool = flag(
+        False,
+        "Launch decode steps kernel by kernel instead of as graphs.",
+        group=_DEVICE,
+        aliases=["--disable-decode-cuda-graph"],
+    )
+    cuda_graph_max_bs: int | None = flag(
+        None,
+        "Largest decode batch with a graph; all that can run at once if not given.",
+        group=_DEVICE,
+        aliases=["--cuda-graph-max-bs-decode"],
+    )
     sampling_backend: Literal["auto", "pytorch"] = flag(
         "auto", "Implementation of sampling.", group=_DEVICE
     )
@@ -295,6 +307,7 @@ class ServerArgs:
             "stream_interval",
             "max_total_tokens",
             "max_running_requests",
+            "cuda_graph_max_bs",
             "max_prefill_tokens",
             "prefill_max_requests",
             "page_size",
@@ -302,7 +315,7 @@ class ServerArgs:
         ):
             count = getattr(self, field)
             _require(count is None or count >= 1, field, f"must be at least 1, got {count}")
-        for field in ("max_queued_requests", "base_gpu_id"):
+        for field in ("max_queued_requests", "base_gpu_id", "random_seed"):
             count = getattr(self, field)
             _require(count is None or count >= 0, field, f"must be at least 0, got {count}")
         for field in ("schedule_conservativeness", "watchdog_timeout"):

@@ -13,16 +13,16 @@ bucket-e2e-request-latency bucket-inter-token-latency bucket-time-to-first-token
 checkpoint-engine-wait-weights-before-ready collect-tokens-histogram completion-template
 constrained-json-disable-any-whitespace constrained-json-whitespace-pattern cp-strategy
 cpu-offload-gb crash-dump-folder cuda-graph-backend-decode cuda-graph-backend-prefill
-cuda-graph-bs cuda-graph-bs-decode cuda-graph-bs-prefill cuda-graph-config cuda-graph-max-bs
-cuda-graph-max-bs-decode cuda-graph-max-bs-prefill cuda-graph-tc-compiler custom-weight-loader
+cuda-graph-bs cuda-graph-bs-decode cuda-graph-bs-prefill cuda-graph-config
+cuda-graph-max-bs-prefill cuda-graph-tc-compiler custom-weight-loader
 dcp-size debug-cuda-graph debug-tensor-dump-input-file debug-tensor-dump-layers
 debug-tensor-dump-output-folder decode-attention-backend decode-context-parallel-size
 decoupled-spec-bind-endpoint decoupled-spec-connect-endpoints decoupled-spec-rank
 decoupled-spec-role decrypted-config-file decrypted-draft-config-file deepep-config
 deepep-dispatcher-output-dtype deepep-mode default-chat-template-kwargs default-priority-value
 delete-ckpt-after-loading detokenizer-worker-num disable-attn-tp-gather
-disable-chunked-prefix-cache disable-cuda-graph disable-cuda-graph-padding
-disable-custom-all-reduce disable-decode-cuda-graph disable-fast-image-processor
+disable-chunked-prefix-cache disable-cuda-graph-padding
+disable-custom-all-reduce disable-fast-image-processor
 disable-flashinfer-autotune disable-flashinfer-cutlass-moe-fp4-allgather
 disable-hybrid-swa-memory disable-outlines-disk-cache disable-piecewise-cuda-graph
 disable-prefill-cuda-graph disable-priority-preemption disable-shared-experts-fusion

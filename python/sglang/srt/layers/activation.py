@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import silu
+
+from sgl_kernel.elementwise_ref import silu_and_mul_ref
+from sglang.srt.layers.fused import use_kernels
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [tokens, 2 * width], gate first -> silu(gate) * up, [tokens, width]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return silu(gate) * up
+    if use_kernels(gate_up):
+        from sgl_kernel import silu_and_mul as kernels
+
+        return kernels.silu_and_mul(gate_up)
+    return silu_and_mul_ref(gate_up)

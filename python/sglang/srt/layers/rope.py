@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from sgl_kernel.elementwise_ref import HeadNorm, rotate_heads_ref
+from sglang.srt.layers.fused import use_kernels
 from sglang.srt.model_config import ModelConfig
 
 
@@ -14,10 +16,6 @@ class Rotation(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
-
-    def at(self, positions: torch.Tensor) -> Rotation:
-        """Picks the rows of `positions` [tokens] i64."""
-        return Rotation(self.cos.index_select(0, positions), self.sin.index_select(0, positions))
 
 
 def build_rotation(config: ModelConfig, device: torch.device) -> Rotation:
@@ -30,12 +28,34 @@ def build_rotation(config: ModelConfig, device: torch.device) -> Rotation:
     return Rotation(cos, sin)
 
 
-def rotate(heads: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """heads [tokens, heads, head_dim], rotation one row a token -> like heads; float32 inside."""
-    cos, sin = rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1)
-    first, second = heads.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(heads.dtype)
+def rotate_heads(
+    heads: torch.Tensor,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    norm: HeadNorm | None,
+) -> None:
+    """Norms, if norm is given, and rotates q and k of a fused projection in place; float32 inside.
+
+    heads [tokens, q heads | k heads | v heads, head_dim], positions [tokens] i64.
+    """
+    if use_kernels(heads):
+        from sgl_kernel import rope as kernels
+
+        rotate = kernels.rotate_heads
+    else:
+        rotate = rotate_heads_ref
+    rotate(
+        heads,
+        rotation.cos,
+        rotation.sin,
+        positions,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        norm=norm,
+    )
 
 
 def _inverse_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

@@ -28,14 +28,10 @@ from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.serving_engine import (
     DecodeBatch,
-    EngineLimits,
     PrefillBatch,
     ServingEngine,
 )
-from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
-from sglang.srt.mem_cache.slot_allocator import SlotAllocator
-from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import (
     AbortRequest,
     ControlReply,
@@ -100,8 +96,10 @@ class Scheduler:
 
     def run(self) -> None:
         """Serves until Shutdown arrives."""
-        while self._running:
+        while True:
             self._receive()
+            if not self._running:
+                return
             progressed = self._gang.turn()
             if progressed or self._engine.idle:
                 self._watchdog.beat()
@@ -216,16 +214,9 @@ class Scheduler:
 
 def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Connection) -> None:
     """Process main. Returns after Shutdown; whatever it raises ends the server."""
-    from sglang.srt.model_executor.bring_up import bring_up
+    from sglang.srt.managers.engine_parts import build_engine
 
-    executor = bring_up(server_args)
-    page_size = server_args.page_size
-    allocator = SlotAllocator(executor.num_slots, page_size)
-    radix = RadixCache(page_size, allocator.free, enabled=not server_args.disable_radix_cache)
-    cache = SequenceCache(radix, allocator)
-    outbox = Outbox(server_args.stream_interval)
     log = SchedulerLog(server_args.decode_log_interval)
-    timeline = Timeline()
 
     def log_prefill(batch: PrefillBatch) -> None:
         log.prefill(
@@ -238,37 +229,19 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
     def log_decode(batch: DecodeBatch) -> None:
         log.decode(requests=batch.requests, load=scheduler.load)
 
-    engine = ServingEngine(
-        executor.runner,
-        cache,
-        RowPool(executor.num_rows),
-        EngineLimits(
-            context_length=executor.config.context_length,
-            prefill_tokens=executor.prefill_tokens,
-            chunked=server_args.chunked_prefill_size != -1,
-            prefill_max_requests=server_args.prefill_max_requests,
-            max_queued=server_args.max_queued_requests,
-            conservativeness=server_args.schedule_conservativeness,
-            schedule_policy=server_args.schedule_policy,
-        ),
-        eos_token_ids=executor.config.eos_token_ids,
-        outbox=outbox,
-        random_seed=_random_seed(server_args),
-        on_prefill=log_prefill,
-        on_decode=log_decode,
-    )
-    gang = Gang(engine, executor.lanes, executor.dispatcher, timeline, time.monotonic)
+    parts = build_engine(server_args, on_prefill=log_prefill, on_decode=log_decode)
+    executor = parts.executor
     watchdog = Watchdog(server_args.watchdog_timeout)
     with zmq.Context() as context:
         inbox: Receiver[Any] = Receiver(context, ipc.scheduler, ToScheduler)
         to_tokenizer = Sender(context, ipc.tokenizer)
         to_detokenizer = Sender(context, ipc.detokenizer)
         scheduler = Scheduler(
-            engine=engine,
-            gang=gang,
-            timeline=timeline,
-            cache=cache,
-            outbox=outbox,
+            engine=parts.engine,
+            gang=parts.gang,
+            timeline=parts.timeline,
+            cache=parts.cache,
+            outbox=parts.outbox,
             lanes=executor.lanes,
             inbox=inbox,
             to_tokenizer=to_tokenizer,
@@ -276,14 +249,15 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
             watchdog=watchdog,
             log=log,
         )
+        pool_tokens = parts.cache.allocator.total
         gc.collect()
         gc.freeze()  # model and tables live as long as the process: no need to walk them again
         watchdog.start()
         announce_ready(
             ready,
             {
-                "max_total_num_tokens": allocator.total,
-                "max_req_input_len": min(executor.config.context_length, allocator.total) - 1,
+                "max_total_num_tokens": pool_tokens,
+                "max_req_input_len": min(executor.config.context_length, pool_tokens) - 1,
                 "max_running_requests": executor.num_rows - 1,
                 "attention_backend": executor.attention_backend,
                 "device": str(executor.device),
@@ -297,11 +271,6 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
             to_tokenizer.close()
             to_detokenizer.close()
     executor.lanes.close()
-
-
-def _random_seed(server_args: ServerArgs) -> int:
-    given = server_args.random_seed
-    return int.from_bytes(os.urandom(8)) if given is None else given
 
 
 def _drain(fd: int) -> None:

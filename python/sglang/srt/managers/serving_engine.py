@@ -169,7 +169,8 @@ class ServingEngine:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Requests in prefill or decode."""
+        return len(self._by_rid) - len(self._queue)
 
     @property
     def idle(self) -> bool:
@@ -192,12 +193,17 @@ class ServingEngine:
         if request.rid in self._by_rid:
             self._refuse(request, 400, f"rid {request.rid!r} is already in use")
         elif request.max_new_tokens > room:
+            in_context = pool_tokens >= self._limits.context_length
+            where = "context" if in_context else "KV pool"
+            knobs = (
+                "--context-length" if in_context else "--max-total-tokens or --mem-fraction-static"
+            )
             self._refuse(
                 request,
                 400,
                 f"{len(request.prompt)} prompt tokens and max_new_tokens={request.max_new_tokens} "
-                f"need more than the {pool_tokens} tokens of the KV pool: lower them, or start the "
-                "server with a larger --max-total-tokens or --mem-fraction-static",
+                f"exceed the {room + len(request.prompt)} tokens of the {where}: lower them, "
+                f"or start the server with a larger {knobs}",
             )
         elif max_queued is not None and len(self._queue) >= max_queued:
             self._refuse(request, 503, f"the queue is full (--max-queued-requests {max_queued})")

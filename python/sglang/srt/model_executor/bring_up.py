@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from drift_scheduler.dispatcher import Dispatcher, SplitByBatchSize, TakeTurns, even_thresholds
 from drift_scheduler.lane import LaneProvider, Phase
@@ -42,6 +43,7 @@ class Executor:
     lanes: LaneProvider
     dispatcher: Dispatcher
     runner: ModelRunner
+    kv_pool: DeviceKVPool
     num_slots: int
     num_rows: int
     prefill_tokens: int
@@ -91,6 +93,8 @@ def bring_up(args: ServerArgs) -> Executor:
     )
     if on_gpu:
         torch.cuda.synchronize(device)
+        if backend == "triton" and not args.disable_cuda_graph:
+            _capture_graphs(args, runner, lanes, pool, max_reqs=num_rows - 1)
     logger.info(
         "KV pool: %d tokens, %.2f GB; attention: %s; up to %d requests at once",
         num_slots - args.page_size,
@@ -103,6 +107,7 @@ def bring_up(args: ServerArgs) -> Executor:
         lanes=lanes,
         dispatcher=dispatcher,
         runner=runner,
+        kv_pool=pool,
         num_slots=num_slots,
         num_rows=num_rows,
         prefill_tokens=_prefill_tokens(args, on_gpu),
@@ -128,14 +133,30 @@ def make_lanes(device: torch.device, pdmux: PdmuxConfig | None) -> LaneProvider:
             lanes = CpuLanes(split_count, shares or None)
     except PartitionError as error:
         raise ConfigError(f"--enable-pd-multiplex: {error}") from error
+    _log_partitions(lanes, pdmux, device)
+    return lanes
+
+
+def _log_partitions(lanes: LaneProvider, pdmux: PdmuxConfig | None, device: torch.device) -> None:
+    """What was granted, and where a file asked for something else."""
     splits = lanes.table.splits
+    for row in pdmux.manual_divisions if pdmux else ():
+        granted = lanes.granted[row.decode_sms]
+        rest = lanes.table.total_sms - granted
+        if (rest, granted) != (row.prefill_sms, row.decode_sms):
+            logger.warning(
+                "manual_divisions asks for %d/%d, the device grants %d/%d",
+                row.prefill_sms,
+                row.decode_sms,
+                rest,
+                granted,
+            )
     if splits:
         logger.info(
             "Partitions (prefill/decode %s): %s",
             "SMs" if device.type == "cuda" else "cores",
             ", ".join(f"{split.prefill_sms}/{split.decode_sms}" for split in splits),
         )
-    return lanes
 
 
 def make_dispatcher(lanes: LaneProvider, pdmux: PdmuxConfig | None, depth: int) -> Dispatcher:
@@ -216,6 +237,27 @@ def _attention_backend(args: ServerArgs, device: torch.device) -> str:
     if args.attention_backend != "auto":
         return args.attention_backend
     return "triton" if device.type == "cuda" else "torch_native"
+
+
+def _capture_graphs(
+    args: ServerArgs,
+    runner: ModelRunner,
+    lanes: LaneProvider,
+    pool: DeviceKVPool,
+    max_reqs: int,
+) -> None:
+    from sglang.srt.layers.attention.triton_backend import TritonAttention
+    from sglang.srt.model_executor.decode_graphs import DecodeGraphs, default_sizes
+
+    sizes = default_sizes(min(args.cuda_graph_max_bs or max_reqs, max_reqs))
+    config = runner.model.config
+    decode_lanes = [lanes.lane(Phase.DECODE, lanes.table[i]) for i in range(len(lanes.table))]
+    attention = TritonAttention(pool, config, num_sms=lanes.table.total_sms)
+    attention.reserve(max(sizes), config.context_length)
+    graphs = DecodeGraphs(runner.model, attention, runner.slot_table, runner.relay, sizes)
+    with tqdm(total=len(sizes) * len(decode_lanes), desc="Capturing decode graphs") as bar:
+        graphs.capture(decode_lanes, bar.update)
+    runner.use_graphs(graphs)
 
 
 def _attention_by_lane(

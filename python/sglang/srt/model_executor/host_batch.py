@@ -6,6 +6,7 @@ All of them cross to the device in one copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,23 @@ class HostBatch:
     sample_rows: Ints
 
 
+class SampleTensors(NamedTuple):
+    """Where sampling reads and writes, all [samples] i64: the flattened token whose state is
+    used, the relay row, and the position of the token to choose."""
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
+class TableUpdate(NamedTuple):
+    """What of a batch lies outside its forward pass. table_index, table_slots [n] i64."""
+
+    table_index: torch.Tensor
+    table_slots: torch.Tensor
+    samples: SampleTensors
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
     """A HostBatch on the device."""
@@ -73,51 +91,40 @@ class DeviceBatch:
     input_ids: torch.Tensor
     table_index: torch.Tensor
     table_slots: torch.Tensor
-    sample_tokens: torch.Tensor
-    sample_rows: torch.Tensor
-    sample_positions: torch.Tensor
+    samples: SampleTensors
 
 
 def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
     """Copies the batch to slot_table's device, asynchronously on the current stream."""
     starts = np.zeros(len(host.new_lens) + 1, dtype=np.int64)
     np.cumsum(host.new_lens, out=starts[1:])
-    positions = np.asarray([row.position for row in host.samples], dtype=np.int64)
-    parts = [
-        host.input_ids,
-        host.positions,
-        host.token_slots,
-        host.rows,
-        host.seq_lens,
-        host.new_lens,
-        starts,
-        host.table_index,
-        host.table_slots,
-        host.sample_tokens,
-        host.sample_rows,
-        positions,
-    ]
-    packed = torch.from_numpy(np.concatenate(parts))
-    if slot_table.is_cuda:
-        packed = packed.pin_memory().to(slot_table.device, non_blocking=True)
     (
         input_ids,
-        token_positions,
+        positions,
         token_slots,
         rows,
         seq_lens,
         new_lens,
         new_starts,
-        table_index,
-        table_slots,
-        sample_tokens,
-        sample_rows,
-        sample_positions,
-    ) = packed.split([len(part) for part in parts])
+        *outside,
+    ) = _to_device(
+        [
+            host.input_ids,
+            host.positions,
+            host.token_slots,
+            host.rows,
+            host.seq_lens,
+            host.new_lens,
+            starts,
+            *_outside(host),
+        ],
+        slot_table.device,
+    )
+    table_index, table_slots, *samples = outside
     forward = ForwardBatch(
         is_decode=host.is_decode,
         token_slots=token_slots,
-        positions=token_positions,
+        positions=positions,
         rows=rows,
         seq_lens=seq_lens.to(torch.int32),
         new_lens=new_lens.to(torch.int32),
@@ -126,12 +133,24 @@ def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
         new_lens_host=host.new_lens.tolist(),
         seq_lens_host=host.seq_lens.tolist(),
     )
-    return DeviceBatch(
-        forward,
-        input_ids,
-        table_index,
-        table_slots.to(torch.int32),
-        sample_tokens,
-        sample_rows,
-        sample_positions,
-    )
+    return DeviceBatch(forward, input_ids, table_index, table_slots, SampleTensors(*samples))
+
+
+def upload_outside(host: HostBatch, device: torch.device) -> TableUpdate:
+    """Like `upload`, only what a captured forward pass does not cover."""
+    table_index, table_slots, *samples = _to_device(_outside(host), device)
+    return TableUpdate(table_index, table_slots, SampleTensors(*samples))
+
+
+def _outside(host: HostBatch) -> list[Ints]:
+    positions = np.asarray([row.position for row in host.samples], dtype=np.int64)
+    return [host.table_index, host.table_slots, host.sample_tokens, host.sample_rows, positions]
+
+
+def _to_device(parts: list[Ints], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """One copy for all parts, from pinned memory if the device is a GPU."""
+    packed = torch.from_numpy(np.concatenate(parts))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    views: tuple[torch.Tensor, ...] = packed.split([len(part) for part in parts])
+    return views

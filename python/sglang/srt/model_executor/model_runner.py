@@ -14,15 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from drift_scheduler.lane import Lane, Phase, Work
 from sglang.srt.layers.attention.base import AttentionBackend
 from sglang.srt.layers.sampler import SamplingBatch, Withheld, sample
-from sglang.srt.model_executor.host_batch import DeviceBatch, HostBatch, SampleRow, upload
+from sglang.srt.model_executor.host_batch import (
+    DeviceBatch,
+    HostBatch,
+    SampleRow,
+    SampleTensors,
+    upload,
+    upload_outside,
+)
 from sglang.srt.models.base import CausalLM, HiddenState
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 
 LaneKey = tuple[Phase, int]
 
@@ -62,6 +72,7 @@ class ModelRunner:
         self.model = model
         self.device = device
         self.attention = attention
+        self.graphs: DecodeGraphs | None = None
         self.slot_table = torch.zeros(
             num_rows, model.config.context_length, dtype=torch.int32, device=device
         )
@@ -72,10 +83,36 @@ class ModelRunner:
     def num_layers(self) -> int:
         return self.model.config.num_layers
 
-    def start(self, batch: HostBatch) -> ModelRun:
+    def start(self, batch: HostBatch) -> Run:
+        graphs = self.graphs
+        if graphs is not None and batch.is_decode and graphs.size_for(len(batch.rows)):
+            return GraphedStep(self, graphs, batch)
         return ModelRun(self, batch)
 
-    def sampling_for(self, batch: HostBatch) -> SamplingBatch:
+    def use_graphs(self, graphs: DecodeGraphs) -> None:
+        """From now on decode steps that fit replay a graph. Before that, all run eagerly."""
+        self.graphs = graphs
+
+    def update_slot_table(self, index: torch.Tensor, slots: torch.Tensor) -> None:
+        """index [n] i64 into the flattened table, slots [n]."""
+        self.slot_table.view(-1)[index] = slots.to(torch.int32)
+
+    def choose(
+        self, host: HostBatch, state: HiddenState, batch: SampleTensors, result: torch.Tensor
+    ) -> None:
+        """LM head and sampling; tokens go to the relay table and, asynchronously, to `result`."""
+        logits = self.model.logits(state, batch.tokens)
+        tokens = sample(logits, batch.positions, self._sampling_for(host))
+        self.relay[batch.rows] = tokens
+        result.copy_(tokens, non_blocking=True)
+
+    def new_result(self, batch: HostBatch) -> torch.Tensor:
+        """Where the sampled tokens arrive on the host, [samples] i64."""
+        return torch.empty(
+            len(batch.samples), dtype=torch.int64, pin_memory=self.device.type == "cuda"
+        )
+
+    def _sampling_for(self, batch: HostBatch) -> SamplingBatch:
         """On the lane: decode keeps the last batch's tensors, since they rarely change."""
         if batch.is_decode:
             return self._decode_sampling.get(batch.samples)
@@ -91,9 +128,7 @@ class ModelRun:
         self._batch: DeviceBatch | None = None
         self._state: HiddenState | None = None
         self._planned_on: AttentionBackend | None = None
-        self._result = torch.empty(
-            len(batch.samples), dtype=torch.int64, pin_memory=runner.device.type == "cuda"
-        )
+        self._result = runner.new_result(batch)
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
         attention = self._runner.attention[lane.phase, lane.partition.index]
@@ -117,23 +152,38 @@ class ModelRun:
         self._state = state
         if last == runner.num_layers:
             self._state = None
-            self._sample(batch, state)
+            if self._host.samples:
+                runner.choose(self._host, state, batch.samples, self._result)
 
     def _begin(self) -> None:
         runner = self._runner
         batch = upload(self._host, runner.slot_table)
-        runner.slot_table.view(-1)[batch.table_index] = batch.table_slots
+        runner.update_slot_table(batch.table_index, batch.table_slots)
         input_ids = runner.relay[batch.forward.rows] if self._host.is_decode else batch.input_ids
         self._batch, self._state = batch, runner.model.embed(input_ids)
 
-    def _sample(self, batch: DeviceBatch, state: HiddenState) -> None:
-        if not self._host.samples:
-            return
-        logits = self._runner.model.logits(state, batch.sample_tokens)
-        sampling = self._runner.sampling_for(self._host)
-        tokens = sample(logits, batch.sample_positions, sampling)
-        self._runner.relay[batch.sample_rows] = tokens
-        self._result.copy_(tokens, non_blocking=True)
+
+class GraphedStep:
+    """A decode step that replays a graph: all layers in one launch."""
+
+    def __init__(self, runner: ModelRunner, graphs: DecodeGraphs, batch: HostBatch) -> None:
+        self._runner = runner
+        self._graphs = graphs
+        self._host = batch
+        self._result = runner.new_result(batch)
+
+    def slice_work(self, lane: Lane, first: int, last: int) -> Work:
+        assert (first, last) == (0, self._runner.num_layers), "a decode step is not sliced"
+        return lambda: self._run(lane)
+
+    def tokens(self) -> list[int]:
+        return self._result.tolist()
+
+    def _run(self, lane: Lane) -> None:
+        batch = upload_outside(self._host, self._runner.device)
+        self._runner.update_slot_table(batch.table_index, batch.table_slots)
+        state = self._graphs.replay(lane, self._host)
+        self._runner.choose(self._host, state, batch.samples, self._result)
 
 
 @dataclass(slots=True)

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import embedding, linear
 
+from sgl_kernel.elementwise_ref import HeadNorm
 from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.norm import add_rms_norm, rms_norm
-from sglang.srt.layers.rope import Rotation, build_rotation, rotate
+from sglang.srt.layers.rope import build_rotation, rotate_heads
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.models.base import Attend, HiddenState
 from sglang.srt.models.decoder_weights import (
@@ -46,17 +47,19 @@ class Decoder:
         last: int,
     ) -> HiddenState:
         """Runs layers first..last-1. positions [tokens] i64, below config.context_length."""
-        rotation = self._rotation.at(positions)
         for index in range(first, last):
-            state = self._layer(index, self._weights.layers[index], state, rotation, attend)
+            state = self._layer(index, self._weights.layers[index], state, positions, attend)
         return state
 
     def logits(self, state: HiddenState, tokens: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head at the given token indices [n] i64 -> [n, vocab_size] f32."""
+        weight, eps = self._weights.final_norm, self.config.rms_norm_eps
         hidden = state.hidden.index_select(0, tokens)
-        if state.residual is not None:
-            hidden = hidden + state.residual.index_select(0, tokens)
-        normed = rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
+        if state.residual is None:
+            normed = rms_norm(hidden, weight, eps)
+        else:
+            residual = state.residual.index_select(0, tokens)
+            normed, _ = add_rms_norm(hidden, residual, weight, eps)
         return linear(normed, self._weights.lm_head).float()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -75,7 +78,7 @@ class Decoder:
         index: int,
         weights: LayerWeights,
         state: HiddenState,
-        rotation: Rotation,
+        positions: torch.Tensor,
         attend: Attend,
     ) -> HiddenState:
         eps = self.config.rms_norm_eps
@@ -84,7 +87,7 @@ class Decoder:
             hidden = rms_norm(residual, weights.input_norm, eps)
         else:
             hidden, residual = add_rms_norm(state.hidden, state.residual, weights.input_norm, eps)
-        hidden = self._attention(index, weights, hidden, rotation, attend)
+        hidden = self._attention(index, weights, hidden, positions, attend)
         hidden, residual = add_rms_norm(hidden, residual, weights.post_attention_norm, eps)
         hidden = weights.down(silu_and_mul(weights.gate_up(hidden)))
         return HiddenState(hidden, residual)
@@ -94,20 +97,24 @@ class Decoder:
         index: int,
         weights: LayerWeights,
         hidden: torch.Tensor,
-        rotation: Rotation,
+        positions: torch.Tensor,
         attend: Attend,
     ) -> torch.Tensor:
         config = self.config
         num_tokens = hidden.shape[0]
-        # [tokens, q heads | k heads | v heads, head_dim]: q and k, side by side, rotate as one.
-        heads = weights.qkv(hidden).view(num_tokens, -1, config.head_dim)
-        num_rotated = config.num_heads + config.num_kv_heads
-        qk, v = heads[:, :num_rotated], heads[:, num_rotated:]
+        norm = None
         if weights.q_norm is not None and weights.k_norm is not None:
-            q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
-            q = rms_norm(q, weights.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, weights.k_norm, config.rms_norm_eps)
-            qk = torch.cat((q, k), dim=1)
-        q, k = rotate(qk, rotation).split((config.num_heads, config.num_kv_heads), dim=1)
+            norm = HeadNorm(weights.q_norm, weights.k_norm, config.rms_norm_eps)
+        # [tokens, q heads | k heads | v heads, head_dim], ours alone: rotated where it lies.
+        heads = weights.qkv(hidden).view(num_tokens, -1, config.head_dim)
+        rotate_heads(
+            heads,
+            self._rotation,
+            positions,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            norm=norm,
+        )
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         attended = attend(index, q, k, v)
         return weights.output(attended.reshape(num_tokens, -1))

@@ -1,0 +1,84 @@
+"""EngineParts: a serving engine and its gang, built from flags; whoever drives them adds the rest.
+
+The scheduler process drives them for a server, the offline benchmark in its own process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from drift_scheduler.gang import Gang
+from drift_scheduler.timeline import Timeline
+from sglang.srt.managers.outbox import Outbox
+from sglang.srt.managers.serving_engine import (
+    DecodeBatch,
+    EngineLimits,
+    PrefillBatch,
+    ServingEngine,
+)
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.sequence_cache import SequenceCache
+from sglang.srt.mem_cache.slot_allocator import SlotAllocator
+from sglang.srt.mem_cache.slot_table import RowPool
+from sglang.srt.model_executor.bring_up import Executor, bring_up
+from sglang.srt.server_args import ServerArgs
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Who turns the gang also flushes the outbox, and closes executor.lanes at the end."""
+
+    executor: Executor
+    cache: SequenceCache
+    outbox: Outbox
+    engine: ServingEngine
+    timeline: Timeline
+    gang: Gang[PrefillBatch, DecodeBatch]
+
+
+def build_engine(
+    server_args: ServerArgs,
+    *,
+    on_prefill: Callable[[PrefillBatch], None] = lambda batch: None,
+    on_decode: Callable[[DecodeBatch], None] = lambda batch: None,
+) -> EngineParts:
+    """Loads the model and builds all behind it. The callbacks see every batch as it begins.
+
+    Raises ConfigError naming the flag.
+    """
+    executor = bring_up(server_args)
+    page_size = server_args.page_size
+    allocator = SlotAllocator(executor.num_slots, page_size)
+    radix = RadixCache(page_size, allocator.free, enabled=not server_args.disable_radix_cache)
+    cache = SequenceCache(radix, allocator)
+    outbox = Outbox(server_args.stream_interval)
+    engine = ServingEngine(
+        executor.runner,
+        cache,
+        RowPool(executor.num_rows),
+        EngineLimits(
+            context_length=executor.config.context_length,
+            prefill_tokens=executor.prefill_tokens,
+            chunked=server_args.chunked_prefill_size != -1,
+            prefill_max_requests=server_args.prefill_max_requests,
+            max_queued=server_args.max_queued_requests,
+            conservativeness=server_args.schedule_conservativeness,
+            schedule_policy=server_args.schedule_policy,
+        ),
+        eos_token_ids=executor.config.eos_token_ids,
+        outbox=outbox,
+        random_seed=_random_seed(server_args),
+        on_prefill=on_prefill,
+        on_decode=on_decode,
+    )
+    timeline = Timeline()
+    gang = Gang(engine, executor.lanes, executor.dispatcher, timeline, time.monotonic)
+    return EngineParts(executor, cache, outbox, engine, timeline, gang)
+
+
+def _random_seed(server_args: ServerArgs) -> int:
+    given = server_args.random_seed
+    return int.from_bytes(os.urandom(8)) if given is None else given

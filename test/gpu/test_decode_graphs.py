@@ -1,0 +1,163 @@
+"""Decode graphs give what eager steps give, on every lane and for every padded size."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from drift_scheduler.lane import Phase
+from sglang.srt.layers.attention.triton_backend import TritonAttention
+from sglang.srt.mem_cache.kv_pool import DeviceKVPool
+from sglang.srt.model_config import ModelConfig
+from sglang.srt.model_executor.decode_graphs import DecodeGraphs
+from sglang.srt.model_executor.host_batch import HostBatch, SampleRow
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_loader import load_model
+from sglang.srt.model_source import resolve_model_source
+from sglang.srt.sampling_params import SamplingParams
+
+pytest.importorskip("cuda.core", reason="needs cuda-core (extra: cuda)")
+
+LIMIT_S = 60.0
+MAX_REQS = 12
+CONTEXT = 512
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1000,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def lanes(device):
+    from drift_scheduler.lane_cuda import CudaLanes
+
+    lanes = CudaLanes(device, split_count=3)
+    yield lanes
+    lanes.close()
+
+
+@pytest.fixture(scope="module")
+def runner(lanes, device, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    source = resolve_model_source(str(folder), load_format="dummy")
+    config = ModelConfig.load(source, dtype="float32", device=device)
+    model = load_model(source, config, device, seed=3)
+    pool = DeviceKVPool(
+        MAX_REQS * CONTEXT, config.num_layers, 2, config.head_dim, config.dtype, device
+    )
+    pool.keys.normal_()
+    pool.values.normal_()
+    keys = [(phase, i) for phase in Phase for i in range(len(lanes.table))]
+    runner = ModelRunner(
+        model,
+        device=device,
+        num_rows=MAX_REQS + 1,
+        attention={
+            key: TritonAttention(pool, config, lanes.lane(key[0], lanes.table[key[1]]).sms)
+            for key in keys
+        },
+    )
+    torch.cuda.synchronize(device)
+    runner.graph_attention = TritonAttention(pool, config, lanes.table.total_sms)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def graphs(runner, lanes):
+    attention = runner.graph_attention
+    sizes = [1, 4, MAX_REQS]
+    attention.reserve(MAX_REQS, CONTEXT)
+    graphs = DecodeGraphs(runner.model, attention, runner.slot_table, runner.relay, sizes)
+    decode = [lanes.lane(Phase.DECODE, lanes.table[i]) for i in range(len(lanes.table))]
+    graphs.capture(decode)
+    return graphs
+
+
+def decode_batch(lengths: list[int]) -> HostBatch:
+    """One step of requests whose slots are a fixed shuffle; positions follow from the lengths."""
+    count = len(lengths)
+    slots = np.random.default_rng(7).permutation(np.arange(1, MAX_REQS * CONTEXT))
+    per_row = [slots[i * 400 : i * 400 + length] for i, length in enumerate(lengths)]
+    rows = np.arange(1, count + 1)
+    table_index = [row * CONTEXT + np.arange(len(s)) for row, s in zip(rows, per_row, strict=True)]
+    sampling = SamplingParams(temperature=0)
+    return HostBatch(
+        is_decode=True,
+        input_ids=np.empty(0, dtype=np.int64),
+        positions=np.asarray(lengths) - 1,
+        token_slots=np.asarray([s[-1] for s in per_row]),
+        rows=rows,
+        seq_lens=np.asarray(lengths),
+        new_lens=np.ones(count, dtype=np.int64),
+        table_index=np.concatenate(table_index),
+        table_slots=np.concatenate(per_row),
+        samples=tuple(SampleRow(sampling, seed=i, position=n) for i, n in enumerate(lengths)),
+        sample_tokens=np.arange(count),
+        sample_rows=rows,
+    )
+
+
+def step(runner, lane, lengths):
+    """Tokens of one decode step from the same relayed inputs each time."""
+    with torch.inference_mode():
+        runner.relay.copy_(torch.arange(len(runner.relay)) * 37 % 1000)
+    torch.cuda.synchronize()
+    run = runner.start(decode_batch(lengths))
+    lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
+    return run.tokens(), runner.relay.tolist()
+
+
+@pytest.mark.parametrize("lengths", [[5], [300, 7], [1, 64, 300, 399], [17] * 7, [399] * 12])
+def test_graphs_agree_with_eager_steps_on_every_lane(runner, graphs, lanes, lengths):
+    for index in range(len(lanes.table)):
+        lane = lanes.lane(Phase.DECODE, lanes.table[index])
+        runner.graphs = None
+        eager = step(runner, lane, lengths)
+        runner.use_graphs(graphs)
+        assert step(runner, lane, lengths) == eager, str(lane.partition)
+
+
+def test_larger_batches_than_the_largest_graph_run_eagerly(graphs):
+    assert graphs.size_for(MAX_REQS) == MAX_REQS
+    assert graphs.size_for(5) == MAX_REQS
+    assert graphs.size_for(MAX_REQS + 1) is None
+
+
+def test_a_graph_keeps_the_sms_it_was_captured_on(lanes, device):
+    from sgl_kernel.sm_ids import SmTrace, record_sm_ids, sm_ids_used
+
+    split = lanes.table.splits[0]
+    decode = lanes.lane(Phase.DECODE, split)
+    trace = SmTrace.allocate(decode.sms * 32, device)
+    graph = torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        record_sm_ids(trace, 1_000_000)
+        graph.capture_begin()
+        record_sm_ids(trace, 1_000_000)
+        graph.capture_end()
+
+    decode.launch(capture).wait(LIMIT_S)
+    own = sm_ids_used(trace)
+    assert len(own) == decode.sms
+    trace.sm_ids.fill_(-1)
+    torch.cuda.synchronize(device)
+    whole = lanes.lane(Phase.PREFILL, lanes.table.whole)
+    whole.launch(graph.replay).wait(LIMIT_S)
+    assert sm_ids_used(trace) == own
