@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.environment import describe
 from benchmark.server_process import ServerProcess
+from sglang.srt.benchmarks.environment import describe
 
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 60.0

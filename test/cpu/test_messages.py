@@ -15,8 +15,8 @@ from sglang.srt.messages import (
     ControlReply,
     FinishReason,
     GenerateRequest,
+    Handshake,
     Message,
-    Ready,
     Shutdown,
     StreamOptions,
     TextBatch,
@@ -33,7 +33,7 @@ _DIRECTIONS: dict[str, Any] = {
     "scheduler": ToScheduler,
     "detokenizer": ToDetokenizer,
     "tokenizer": ToTokenizer,
-    "start-up": Ready,
+    "start-up": Handshake,
 }
 _INT64 = st.integers(-(2**63), 2**63 - 1)
 _FLOAT = st.floats(allow_nan=False)

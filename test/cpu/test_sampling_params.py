@@ -95,7 +95,7 @@ def test_values_inside_the_range_are_taken_as_they_are(name: str, value: Any) ->
         ("top_k", -2, "-1 (off) or at least 1, got -2"),
         ("top_k", 1.5, "int"),
         ("top_k", "5", "int"),
-        ("n", 0, "at least 1, got 0"),
+        ("n", 0, "in [1, 128], got 0"),
         ("stop", ["a"] * (MAX_STOP_STRINGS + 1), "at most 32 strings, got 33"),
         ("stop", ["a", ""], "empty string"),
         ("stop", [1], "str"),

@@ -141,9 +141,16 @@ class Ready(Message, frozen=True, tag=True, kw_only=True):
     info: dict[str, Any] = {}
 
 
+class Refused(Message, frozen=True, tag=True, kw_only=True):
+    """Instead of Ready: why the child cannot start, fit to print."""
+
+    reason: str
+
+
 ToScheduler = GenerateRequest | AbortRequest | StopMatched | FlushCache | GetState | Shutdown
 ToDetokenizer = TokenBatch | Shutdown
 ToTokenizer = TextBatch | ControlReply
+Handshake = Ready | Refused
 
 ALL_MESSAGES: tuple[type[Message], ...] = (
     GenerateRequest,
@@ -156,6 +163,7 @@ ALL_MESSAGES: tuple[type[Message], ...] = (
     TextBatch,
     ControlReply,
     Ready,
+    Refused,
 )
 
 _encoder = msgspec.msgpack.Encoder()

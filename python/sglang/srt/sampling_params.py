@@ -16,7 +16,7 @@ from sglang.srt.errors import RequestError
 
 GREEDY_TEMPERATURE = 1e-6  # below this a temperature means "take the likeliest token"
 MAX_STOP_STRINGS = 32
-MAX_ANSWERS = 1024
+MAX_ANSWERS = 128
 MAX_COUNT = 2**31 - 1  # no sequence, vocabulary or batch is larger
 
 # Fields of SGLang that this server does not serve yet, with the values that ask for nothing.

@@ -91,7 +91,6 @@ def test_prompt_and_answer_may_fill_the_context() -> None:
         (ids_prompt(4, max_new_tokens=7), "max_new_tokens"),
         (Prompt(SamplingParams(), input_ids=[1, 50], field="prompt"), "prompt"),
         (Prompt(SamplingParams(), input_ids=[-1], field="prompt"), "prompt"),
-        (Prompt(SamplingParams(n=129), input_ids=[1], field="prompt"), "n"),
         (Prompt(SamplingParams(), text="words"), "text"),
     ],
 )

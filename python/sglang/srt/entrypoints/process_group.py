@@ -25,7 +25,7 @@ import msgspec
 
 from sglang.srt.errors import ConfigError, SglangError
 from sglang.srt.logs import configure_logging
-from sglang.srt.messages import Message, Ready, decoder_for, encode
+from sglang.srt.messages import Handshake, Refused, decoder_for, encode
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +61,6 @@ class ChildDeath:
         if self.exit_code < 0:
             return f"{self.name} was killed by {signal.Signals(-self.exit_code).name}"
         return f"{self.name} exited with code {self.exit_code}"
-
-
-class _Refused(Message, frozen=True, tag=True, kw_only=True):
-    """Instead of Ready: why the child cannot start, fit to print."""
-
-    reason: str
 
 
 class _Child(msgspec.Struct, eq=False):
@@ -161,12 +155,12 @@ def _handshake(child: _Child) -> dict[str, Any] | None:
             raise StartFailed(f"{ChildDeath(child.name, child.process.exitcode)} while starting")
         return None
     try:
-        message = decoder_for(Ready | _Refused).decode(child.pipe.recv_bytes())
+        message = decoder_for(Handshake).decode(child.pipe.recv_bytes())
     except EOFError:
         child.process.join(_KILL_LIMIT_S)
         code = child.process.exitcode
         raise StartFailed(f"{ChildDeath(child.name, code or 0)} while starting") from None
-    if isinstance(message, _Refused):
+    if isinstance(message, Refused):
         raise StartFailed(message.reason)
     info: dict[str, Any] = message.info
     return info
@@ -193,7 +187,7 @@ def _child(spec: ChildSpec, ready: Connection, parent_pid: int) -> None:
 
 def _refuse(ready: Connection, reason: str) -> None:
     try:
-        ready.send_bytes(encode(_Refused(reason=reason)))
+        ready.send_bytes(encode(Refused(reason=reason)))
     except OSError:  # the parent listens only until we are ready
         logger.error("%s", reason)
 

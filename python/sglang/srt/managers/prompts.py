@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 # Tokenising this much text takes a few milliseconds; more would hold up other requests' streams.
 _INLINE_CHARS = 20_000
-_MAX_ANSWERS_PER_PROMPT = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +125,6 @@ class PromptEncoder:
 
     def _checked(self, prompt: Prompt, ids: list[int]) -> TokenizedPrompt:
         field, sampling, limits = prompt.field, prompt.sampling, self.limits
-        if sampling.n > _MAX_ANSWERS_PER_PROMPT:
-            raise RequestError(
-                f"sampling_params.n must be at most {_MAX_ANSWERS_PER_PROMPT}, got {sampling.n}",
-                "n",
-            )
         if not ids:
             raise RequestError(f"{field}: the prompt is empty, it has no tokens", field)
         self._check_ids(ids, field)
