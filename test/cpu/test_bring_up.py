@@ -14,6 +14,7 @@ from drift_scheduler.lane import Phase
 from drift_scheduler.partition import Partition, PartitionTable
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.bring_up import bring_up, make_dispatcher, make_lanes
+from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, warm_up
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import ServerArgs
 
@@ -185,3 +186,23 @@ def test_without_divisions_thresholds_are_even():
     pdmux = PdmuxConfig(sm_group_num=5, decode_bs_divisor=30)
     dispatcher = make_dispatcher(granting({24: 24, 48: 48, 72: 72}), pdmux, depth=2)
     assert dispatcher.thresholds == (1, 20, 30)
+
+
+def test_warm_up_touches_one_row_and_no_scratch(start):
+    """The padding row and slot keep what padding relies on."""
+    executor = start()
+    context_length = executor.config.context_length
+    warm_up(
+        executor.runner,
+        executor.lanes,
+        num_slots=executor.num_slots,
+        context_length=context_length,
+    )
+    table = executor.runner.slot_table
+    used = [count for count in PROMPT_TOKENS if count < context_length]
+    assert table[1, : max(used)].tolist() == list(range(1, max(used) + 1))
+    assert int(table[0].sum()) == 0
+    keys, values = executor.kv_pool.layer(0)
+    assert keys[1].any()
+    assert not keys[0].any()
+    assert not values[0].any()

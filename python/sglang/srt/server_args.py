@@ -199,8 +199,11 @@ class ServerArgs:
         group=_DEVICE,
         aliases=["--pipeline-parallel-size"],
     )
-    attention_backend: Literal["auto", "triton", "torch_native"] = flag(
-        "auto", "auto is triton on GPUs and torch_native on CPUs.", group=_DEVICE
+    attention_backend: Literal["auto", "flashinfer", "triton", "torch_native"] = flag(
+        "auto",
+        "auto is, on GPUs, flashinfer where it and nvcc are installed and takes the dtype, else "
+        "triton; on CPUs torch_native.",
+        group=_DEVICE,
     )
     disable_cuda_graph: bool = flag(
         False,
@@ -337,9 +340,9 @@ class ServerArgs:
                     "has no effect without --enable-pdmux",
                 )
         _require(
-            not (self.device == "cpu" and self.attention_backend == "triton"),
+            self.device != "cpu" or self.attention_backend in ("auto", "torch_native"),
             "attention_backend",
-            "triton needs a GPU, --device cpu has torch_native",
+            f"{self.attention_backend} needs a GPU, --device cpu has torch_native",
         )
         _require(
             not (self.skip_tokenizer_init and self.chat_template is not None),
@@ -381,9 +384,9 @@ def resolve_device(args: ServerArgs) -> Literal["cuda", "cpu"]:
     if not torch.cuda.is_available():
         _require(args.device == "auto", "device", "cuda was asked for, but torch sees no GPU")
         _require(
-            args.attention_backend != "triton",
+            args.attention_backend in ("auto", "torch_native"),
             "attention_backend",
-            "triton needs a GPU, but torch sees none",
+            f"{args.attention_backend} needs a GPU, but torch sees none",
         )
         return "cpu"
     gpus = torch.cuda.device_count()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +20,7 @@ from sglang.srt.layers.attention.torch_native import TorchNativeAttention
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.model_runner import LaneKey, ModelRunner
+from sglang.srt.model_executor.warm_up import warm_up
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.pdmux_config import PdmuxConfig
@@ -84,7 +87,7 @@ def bring_up(args: ServerArgs) -> Executor:
         config.dtype,
         device,
     )
-    backend = _attention_backend(args, device)
+    backend = _attention_backend(args, config, device)
     runner = ModelRunner(
         model,
         device=device,
@@ -93,7 +96,8 @@ def bring_up(args: ServerArgs) -> Executor:
     )
     if on_gpu:
         torch.cuda.synchronize(device)
-        if backend == "triton" and not args.disable_cuda_graph:
+        warm_up(runner, lanes, num_slots=num_slots, context_length=config.context_length)
+        if backend != "torch_native" and not args.disable_cuda_graph:
             _capture_graphs(args, runner, lanes, pool, max_reqs=num_rows - 1)
     logger.info(
         "KV pool: %d tokens, %.2f GB; attention: %s; up to %d requests at once",
@@ -233,10 +237,15 @@ def _room_bytes(args: ServerArgs, device: torch.device) -> float:
     return free_bytes - (1 - fraction) * total_bytes
 
 
-def _attention_backend(args: ServerArgs, device: torch.device) -> str:
+def _attention_backend(args: ServerArgs, config: ModelConfig, device: torch.device) -> str:
     if args.attention_backend != "auto":
         return args.attention_backend
-    return "triton" if device.type == "cuda" else "torch_native"
+    if device.type == "cpu":
+        return "torch_native"
+    from sglang.srt.layers.attention.flashinfer_backend import is_installed
+
+    half = config.dtype in (torch.bfloat16, torch.float16)
+    return "flashinfer" if half and shutil.which("nvcc") and is_installed() else "triton"
 
 
 def _capture_graphs(
@@ -266,17 +275,29 @@ def _attention_by_lane(
     pool: DeviceKVPool,
     config: ModelConfig,
 ) -> dict[LaneKey, AttentionBackend]:
-    """One backend with its own scratch for every lane, sized for the lane's SMs."""
+    """One backend for every lane, sized for the lane's SMs. The two phases share no scratch."""
+    attention: dict[LaneKey, AttentionBackend] = {}
+    for phase in Phase:
+        make = _attention_maker(backend, pool, config)
+        for index in range(len(lanes.table)):
+            attention[phase, index] = make(lanes.lane(phase, lanes.table[index]).sms)
+    return attention
 
-    def make(sms: int) -> AttentionBackend:
-        if backend == "torch_native":
-            return TorchNativeAttention(pool, config)
+
+def _attention_maker(
+    backend: str, pool: DeviceKVPool, config: ModelConfig
+) -> Callable[[int], AttentionBackend]:
+    """Makes the backends of one phase's lanes from their SM counts."""
+    if backend == "torch_native":
+        return lambda sms: TorchNativeAttention(pool, config)
+    if backend == "triton":
         from sglang.srt.layers.attention.triton_backend import TritonAttention
 
-        return TritonAttention(pool, config, num_sms=sms)
+        return lambda sms: TritonAttention(pool, config, num_sms=sms)
+    from sglang.srt.layers.attention.flashinfer_backend import (
+        WORKSPACE_BYTES,
+        FlashInferAttention,
+    )
 
-    return {
-        (phase, index): make(lanes.lane(phase, lanes.table[index]).sms)
-        for phase in Phase
-        for index in range(len(lanes.table))
-    }
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.keys.device)
+    return lambda sms: FlashInferAttention(pool, config, sms, workspace)
