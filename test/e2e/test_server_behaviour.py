@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
-ENDLESS = {**GREEDY, "max_new_tokens": 4000}
+ENDLESS = {**GREEDY, "max_new_tokens": 3000}
 STORY = "The lighthouse keeper climbed the stairs one last time, and"
 CONTEXT_LENGTH = 4096
 IDLE_LIMIT_S = 60.0

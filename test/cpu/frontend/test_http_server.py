@@ -195,7 +195,8 @@ class TestDisconnect:
         with httpx.Client(base_url=server.url, verify=False) as client:
             if stream:
                 with client.stream("POST", path, json=body) as response:
-                    next(response.iter_lines())
+                    lines = response.iter_lines()  # kept: dropping it would close the response
+                    next(lines)
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(path, json=body, timeout=0.15)
@@ -450,7 +451,8 @@ class TestOperations:
         server.engine.says_forever("on ")
         body = {"text": "Hi", "stream": True, "sampling_params": {"max_new_tokens": None}}
         with server.client.stream("POST", "/generate", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # kept: dropping it would close the response
+            next(lines)
             with httpx.Client(base_url=server.url, verify=False, timeout=LIMIT_S) as other:
                 busy = other.post("/flush_cache")
         assert busy.status_code == 400
