@@ -16,9 +16,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     fault, 130 after Ctrl-C."""
     options = parse_options(argv)
     # Only now what --help does not need.
-    import uvloop
+    try:
+        import uvloop
 
-    from sglang.bench.session import EXIT_INTERRUPTED, run_benchmark
+        from sglang.bench.session import EXIT_INTERRUPTED, run_benchmark
+    except ModuleNotFoundError as error:
+        print(
+            f"bench_serving: error: {error.name} is missing: pip install 'sglang-drift[bench]'",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_REQUEST
 
     try:
         return uvloop.run(run_benchmark(options))

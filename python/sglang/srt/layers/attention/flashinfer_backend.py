@@ -6,6 +6,7 @@ first use, which takes nvcc and one or two minutes, and keeps them on disk.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ _DTYPES = (torch.bfloat16, torch.float16)
 def is_installed() -> bool:
     """Whether FlashInfer can be imported here."""
     try:
-        import flashinfer.prefill
+        importlib.import_module("flashinfer.prefill")
     except ImportError:
         return False
-    return bool(flashinfer.prefill)
+    return True
 
 
 class FlashInferAttention:
