@@ -99,7 +99,7 @@ def test_upstream_start_command_of_pdmux_is_accepted():
         (["--watchdog-timeout", "x"], r"^--watchdog-timeout: expected a number"),
         (["--max-total-tokens", "1.5"], r"^--max-total-tokens: expected a whole count"),
         (["--dtype", "int3"], r"^--dtype: expected one of auto, half"),
-        (["--attention-backend", "fa3"], r"^--attention-backend: expected one of auto, triton"),
+        (["--attention-backend", "fa3"], r"^--attention-backend: expected one of auto, flashinfer"),
         (["--json-model-override-args", "[]"], r"expected a JSON object"),
         (["--json-model-override-args", "{"], r"expected a JSON object"),
         (["--port"], r"^--port: expected one argument$"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from sglang.srt.managers.prompts import TokenizedPrompt
@@ -42,6 +43,11 @@ class Answer:
     def e2e_latency_s(self) -> float | None:
         return None if self.finished_s is None else self.finished_s - self.started_s
 
+    def snapshot(self) -> Answer:
+        """The answer as it is now; it does not follow later changes."""
+        text = self.text
+        return dataclasses.replace(self, output_ids=self.output_ids.copy(), _text=text, _pieces=[])
+
     def take(self, batch: TextBatch, i: int, now_s: float) -> None:
         """Adds entry i of a batch."""
         if batch.text[i]:
@@ -58,7 +64,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """News of one answer: what came since its last update. `answer` goes on changing."""
+    """News of one answer: what came since its last update, and the answer as it was then.
+
+    The reader may be slow: what arrives in the meantime belongs to the next update.
+    """
 
     answer: Answer
     new_text: str

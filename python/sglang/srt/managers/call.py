@@ -53,4 +53,4 @@ class Call:
         text = answer.text
         chars, ids = self._shown[answer.index]
         self._shown[answer.index] = (len(text), len(answer.output_ids))
-        return Update(answer, text[chars:], answer.output_ids[ids:])
+        return Update(answer.snapshot(), text[chars:], answer.output_ids[ids:])
