@@ -472,3 +472,11 @@ def test_tables_align_numbers_right_and_leave_out_empty_columns():
         "decode 1x8   whole    1.50  10.00",
         "prefill 8+0  p1/d1  100.25   1.00",
     ]
+
+
+def test_recorded_flags_leave_out_where_the_result_lies():
+    from sglang.srt.benchmarks.environment import recorded_flags
+
+    command = ["--decode", "4x4", "--result-filename", "a/b.jsonl", "--warm-up=1"]
+    assert recorded_flags(command) == ["--decode", "4x4", "--warm-up=1"]
+    assert recorded_flags(["--result-filename=x", "--co-run"]) == ["--co-run"]

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def recorded_flags(command: Sequence[str]) -> list[str]:
+    """The command line without --result-filename: where a result lies says nothing of the run."""
+    flags: list[str] = []
+    words = iter(command)
+    for word in words:
+        if word == "--result-filename":
+            next(words, None)
+        elif not word.startswith("--result-filename="):
+            flags.append(word)
+    return flags
 
 
 def _commit() -> str | None:

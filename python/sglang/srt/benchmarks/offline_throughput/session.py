@@ -22,7 +22,7 @@ from sglang.bench.prompts import PromptMaker, ordinary_ids_of
 from sglang.bench.tokenizer import Tokenizer
 from sglang.bench.workload import Turn
 from sglang.srt.benchmarks.completion import rest
-from sglang.srt.benchmarks.environment import describe
+from sglang.srt.benchmarks.environment import describe, recorded_flags
 from sglang.srt.benchmarks.offline_throughput.options import OfflineOptions
 from sglang.srt.errors import ConfigError
 from sglang.srt.managers.engine_parts import EngineParts, build_engine
@@ -232,7 +232,8 @@ def _result(
         **busy,
         "model": options.server.model_path,
         "dataset_name": options.bench.dataset_name,
-        "environment": describe() | {"flags": list(options.command), "seed": options.bench.seed},
+        "environment": describe()
+        | {"flags": recorded_flags(options.command), "seed": options.bench.seed},
     }
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from drift_scheduler.lane import Phase
 from drift_scheduler.partition import Partition
 from sglang.srt.benchmarks.completion import rest
-from sglang.srt.benchmarks.environment import describe
+from sglang.srt.benchmarks.environment import describe, recorded_flags
 from sglang.srt.benchmarks.one_batch.batches import Placement
 from sglang.srt.benchmarks.one_batch.cases import (
     Case,
@@ -290,5 +290,5 @@ def _origin(options: OneBatchOptions) -> Row:
         "run_name": options.run_name,
         "model": options.server.model_path,
         "environment": describe()
-        | {"flags": list(options.command), "seed": options.server.random_seed or 0},
+        | {"flags": recorded_flags(options.command), "seed": options.server.random_seed or 0},
     }
