@@ -18,6 +18,7 @@ from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import TimedWork, VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from sglang import bench_one_batch
+from sglang.srt.benchmarks.environment import recorded_flags
 from sglang.srt.benchmarks.one_batch.batches import Placement
 from sglang.srt.benchmarks.one_batch.cases import (
     DEFAULT_DECODE,
@@ -415,7 +416,7 @@ class TestRun:
         for row in rows:
             assert row["run_name"] == "trial"
             assert row["environment"]["seed"] == 0
-            assert row["environment"]["flags"] == list(options.command)
+            assert row["environment"]["flags"] == recorded_flags(options.command)
             assert row["environment"]["versions"]["torch"]
         printed = capsys.readouterr().out
         assert "decode lane of whole" in printed
@@ -475,8 +476,6 @@ def test_tables_align_numbers_right_and_leave_out_empty_columns():
 
 
 def test_recorded_flags_leave_out_where_the_result_lies():
-    from sglang.srt.benchmarks.environment import recorded_flags
-
     command = ["--decode", "4x4", "--result-filename", "a/b.jsonl", "--warm-up=1"]
     assert recorded_flags(command) == ["--decode", "4x4", "--warm-up=1"]
     assert recorded_flags(["--result-filename=x", "--co-run"]) == ["--co-run"]
