@@ -36,6 +36,8 @@ from sglang.srt.server_args import ServerArgs
 SCHEDULER = "sglang::scheduler"
 DETOKENIZER = "sglang::detokenizer"
 
+START_LIMIT_S = 3600.0  # a large model from a slow disk, kernels compiled from scratch
+
 SchedulerMain = Callable[[ServerArgs, IpcNames, int, Connection], None]
 DetokenizerMain = Callable[[ServerArgs, IpcNames, Connection], None]
 
@@ -93,7 +95,7 @@ def _run(
         ]
     )
     model = parts.load_model(args)
-    infos = group.wait_ready()
+    infos = group.wait_ready(START_LIMIT_S)
     manager = TokenizerManager(
         PromptEncoder(
             model.tokenizer,
