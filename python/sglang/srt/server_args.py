@@ -218,7 +218,7 @@ class ServerArgs:
         aliases=["--cuda-graph-max-bs-decode"],
     )
     sampling_backend: Literal["auto", "pytorch"] = flag(
-        "auto", "Implementation of sampling.", group=_DEVICE
+        "auto", "Implementation of sampling; pytorch is the only one so far.", group=_DEVICE
     )
     random_seed: int | None = flag(
         None, "Seed of the server's sampling; drawn at start if not given.", group=_DEVICE
