@@ -111,7 +111,7 @@ class PagedRunner:
         total = [self.lens[row] + new_lens[row] for row in rows]
         positions = [torch.arange(end - count, end) for count, end in zip(new, total, strict=True)]
         return ForwardBatch(
-            is_decode=all(count == 1 for count in new),
+            decode_reqs=len(new) if all(count == 1 for count in new) else 0,
             token_slots=torch.cat(
                 [self.slot_table[row][where] for row, where in zip(rows, positions, strict=True)]
             ).long(),

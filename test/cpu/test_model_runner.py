@@ -121,7 +121,7 @@ class Sequences:
         rows = list(new)
         seq_lens = [len(self.slots[row]) for row in rows]
         return HostBatch(
-            is_decode=is_decode,
+            decode_reqs=len(new) if is_decode else 0,
             input_ids=_i64([] if is_decode else itertools.chain.from_iterable(new.values())),
             positions=_i64(positions),
             token_slots=_i64(token_slots),
@@ -227,7 +227,7 @@ def test_upload_keeps_every_field_apart():
     device = upload(batch, table)
     forward = device.forward
     assert forward.slot_table is table
-    assert not forward.is_decode
+    assert forward.decode_reqs == 0
     assert (forward.num_tokens, forward.num_reqs) == (7, 2)
     for got, expected, dtype in [
         (device.input_ids, batch.input_ids, torch.int64),

@@ -58,7 +58,7 @@ class Case:
             positions.append(torch.arange(cached, cached + count))
         self.q = randn(2, sum(new), q_heads, head_dim)
         self.batch = ForwardBatch(
-            is_decode=all(count == 1 for count in new),
+            decode_reqs=len(new) if all(count == 1 for count in new) else 0,
             token_slots=torch.cat(token_slots),
             positions=torch.cat(positions),
             rows=torch.arange(len(lens)) * 2 + 1,

@@ -98,7 +98,7 @@ def decode_batch(lengths: list[int]) -> HostBatch:
     table_index = [row * CONTEXT + np.arange(len(s)) for row, s in zip(rows, per_row, strict=True)]
     sampling = SamplingParams(temperature=0)
     return HostBatch(
-        is_decode=True,
+        decode_reqs=count,
         input_ids=np.empty(0, dtype=np.int64),
         positions=np.asarray(lengths) - 1,
         token_slots=np.asarray([s[-1] for s in per_row]),

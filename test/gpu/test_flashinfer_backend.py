@@ -60,7 +60,7 @@ def test_new_tokens_over_cached_ones(device, dtype, lengths):
     new_lens, seq_lens = ([pair[i] for pair in lengths] for i in (0, 1))
     starts = torch.tensor([0, *new_lens]).cumsum(0)
     batch = ForwardBatch(
-        is_decode=False,
+        decode_reqs=0,
         token_slots=torch.cat(new_slots).long(),
         positions=torch.zeros(sum(new_lens), dtype=torch.int64, device=device),
         rows=torch.arange(1, len(lengths) + 1, device=device),

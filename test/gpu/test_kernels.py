@@ -412,7 +412,7 @@ def forward_batch(case: Case) -> ForwardBatch:
     req_of_token = torch.repeat_interleave(torch.tensor(new_lens, dtype=torch.int64)).to(DEVICE)
     position = torch.tensor(positions, dtype=torch.int64, device=DEVICE)
     return ForwardBatch(
-        is_decode=all(new == 1 for new in new_lens),
+        decode_reqs=len(new_lens) if all(new == 1 for new in new_lens) else 0,
         token_slots=table[rows[req_of_token], position].long(),
         positions=position,
         rows=rows,

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 
 from drift_scheduler.gang import Gang
 from drift_scheduler.timeline import Timeline
+from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.managers.serving_engine import (
-    DecodeBatch,
-    EngineLimits,
-    PrefillBatch,
-    ServingEngine,
-)
+from sglang.srt.managers.serving_engine import EngineLimits, ServingEngine
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator

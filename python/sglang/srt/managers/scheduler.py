@@ -25,12 +25,9 @@ from drift_scheduler.gang import Gang
 from drift_scheduler.lane import LaneProvider, Phase
 from drift_scheduler.timeline import Timeline
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
+from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.managers.serving_engine import (
-    DecodeBatch,
-    PrefillBatch,
-    ServingEngine,
-)
+from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.messages import (
     AbortRequest,

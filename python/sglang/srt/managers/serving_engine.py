@@ -14,18 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from drift_scheduler.lane import Lane, Work
+from sglang.srt.managers.batch_builder import BatchBuilder, row_of, sequence_of
+from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.mem_cache.sequence_cache import CachedSequence, SequenceCache
+from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import FinishReason, GenerateRequest
-from sglang.srt.model_executor.host_batch import HostBatch, Ints, SampleRow
-from sglang.srt.model_executor.model_runner import Run, Runner
+from sglang.srt.model_executor.model_runner import Runner
 from sglang.srt.queue import WaitingQueue
 from sglang.srt.requests import Request
 
@@ -50,65 +48,6 @@ class EngineLimits:
     max_queued: int | None = None
     conservativeness: float = 1.0
     schedule_policy: str = "fcfs"
-
-
-@dataclass(slots=True)
-class _Fill:
-    """A request's part in a prefill batch: its tokens start..end-1."""
-
-    request: Request
-    start: int
-    end: int
-    completes_prompt: bool
-
-    @property
-    def samples(self) -> bool:
-        """Whether this part ends with a token to choose; max_new_tokens=0 only fills the cache."""
-        return self.completes_prompt and self.request.max_new_tokens > 0
-
-
-class PrefillBatch:
-    """Prompts, or chunks of them, that run through the layers together."""
-
-    def __init__(self, fills: list[_Fill], run: Run) -> None:
-        self.fills = fills
-        self.run = run
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens found in the prefix cache by the requests that start in this batch."""
-        return sum(f.start for f in self.fills if f.start == f.request.cached_tokens)
-
-    @property
-    def requests(self) -> int:
-        return len(self.fills)
-
-    @property
-    def tokens(self) -> int:
-        return sum(fill.end - fill.start for fill in self.fills)
-
-    @property
-    def cancelled(self) -> bool:
-        return all(fill.request.finish is not None for fill in self.fills)
-
-    def slice_work(self, lane: Lane, first: int, last: int) -> Work:
-        return self.run.slice_work(lane, first, last)
-
-
-class DecodeBatch:
-    """One step of the running requests."""
-
-    def __init__(self, members: list[Request], run: Run, num_layers: int) -> None:
-        self.members = members
-        self.run = run
-        self._num_layers = num_layers
-
-    @property
-    def requests(self) -> int:
-        return len(self.members)
-
-    def step_work(self, lane: Lane) -> Work:
-        return self.run.slice_work(lane, 0, self._num_layers)
 
 
 class ServingEngine:
@@ -137,6 +76,7 @@ class ServingEngine:
         self._on_prefill = on_prefill
         self._on_decode = on_decode
 
+        self._batches = BatchBuilder(limits.context_length)
         self._queue = WaitingQueue(limits.schedule_policy, self._peek)
         self._partial: Request | None = None
         self._prefilling: PrefillBatch | None = None
@@ -248,7 +188,7 @@ class ServingEngine:
             return None
         for fill in fills:
             fill.request.jobs_in_flight += 1
-        batch = PrefillBatch(fills, self._runner.start(self._prefill_batch(fills)))
+        batch = PrefillBatch(fills, self._runner.start(self._batches.prefill(fills)))
         self._prefilling = batch
         self._on_prefill(batch)
         return batch
@@ -274,7 +214,7 @@ class ServingEngine:
 
     def begin_decode(self, steps_in_flight: int) -> DecodeBatch | None:
         members = [request for request in self._running if request.wants_step]
-        while members and self._cache.extend_each([_sequence(r) for r in members]) is None:
+        while members and self._cache.extend_each([sequence_of(r) for r in members]) is None:
             if steps_in_flight:
                 return None  # the tokens of those steps are needed before anyone can leave
             self._retract(members.pop())
@@ -283,7 +223,7 @@ class ServingEngine:
         for request in members:
             request.launched_output += 1
             request.jobs_in_flight += 1
-        run = self._runner.start(self._decode_batch(members))
+        run = self._runner.start(self._batches.decode(members))
         batch = DecodeBatch(members, run, self.num_layers)
         self._on_decode(batch)
         return batch
@@ -304,14 +244,14 @@ class ServingEngine:
         request.finish = FinishReason(type="abort", message=message, status_code=status_code)
         self._outbox.note(request)
 
-    def _choose_fills(self) -> list[_Fill]:
+    def _choose_fills(self) -> list[Fill]:
         """The next prefill batch: the prompt that is half way first, then the queue in order.
 
         Stops at the first request that does not fit, so that a large one is not overtaken for
         ever by small ones.
         """
         limits = self._limits
-        fills: list[_Fill] = []
+        fills: list[Fill] = []
         budget = limits.prefill_tokens
         candidates = [self._partial] if self._partial else []
         for request in candidates + self._queue.in_order():
@@ -329,18 +269,18 @@ class ServingEngine:
             budget -= fill.end - fill.start
         return fills
 
-    def _fill(self, request: Request, budget: int) -> _Fill | None:
+    def _fill(self, request: Request, budget: int) -> Fill | None:
         """Slots for as much of the prompt as the budget and the memory allow; None for nothing."""
-        sequence = _sequence(request)
+        sequence = sequence_of(request)
         start, total = sequence.length, request.num_tokens
         count = total - start
         if self._limits.chunked and count > budget:
             count = budget - (start + budget) % self._cache.allocator.page_size
         if count <= 0 or self._cache.extend(sequence, count) is None:
             return None
-        return _Fill(request, start, start + count, completes_prompt=start + count == total)
+        return Fill(request, start, start + count, completes_prompt=start + count == total)
 
-    def _open(self, request: Request, budget: int, fills: Sequence[_Fill]) -> bool:
+    def _open(self, request: Request, budget: int, fills: Sequence[Fill]) -> bool:
         """Gives a waiting request a row and its cached prefix, if all of it will fit."""
         if self._rows.available == 0:
             return False
@@ -369,83 +309,9 @@ class ServingEngine:
         remaining = request.max_new_tokens - len(request.output)
         return int(min(remaining, RESERVE_OUTPUT_TOKENS) * ratio)
 
-    def _prefill_batch(self, fills: Sequence[_Fill]) -> HostBatch:
-        last_tokens = np.cumsum([fill.end - fill.start for fill in fills]) - 1
-        sampled = [i for i, fill in enumerate(fills) if fill.samples]
-        requests = [fill.request for fill in fills]
-        input_ids = [fill.request.tokens()[fill.start : fill.end] for fill in fills]
-        for i in sampled:
-            requests[i].launched_output += 1
-        return self._host_batch(
-            requests,
-            new_lens=[fill.end - fill.start for fill in fills],
-            input_ids=np.concatenate(input_ids),
-            sampled=sampled,
-            sample_tokens=last_tokens[sampled],
-            is_decode=False,
-        )
-
-    def _decode_batch(self, members: Sequence[Request]) -> HostBatch:
-        everyone = list(range(len(members)))
-        return self._host_batch(
-            members,
-            new_lens=[1] * len(members),
-            input_ids=np.empty(0, dtype=np.int64),
-            sampled=everyone,
-            sample_tokens=np.asarray(everyone),
-            is_decode=True,
-        )
-
-    def _host_batch(
-        self,
-        requests: Sequence[Request],
-        *,
-        new_lens: Sequence[int],
-        input_ids: npt.NDArray[Any],
-        sampled: Sequence[int],
-        sample_tokens: npt.NDArray[Any],
-        is_decode: bool,
-    ) -> HostBatch:
-        """Sequences already have the slots of their new tokens, which are their last ones."""
-        positions, token_slots, table_index, table_slots = [], [], [], []
-        width = self._limits.context_length
-        for request, count in zip(requests, new_lens, strict=True):
-            slots = _sequence(request).slots
-            length = len(slots)
-            positions.append(np.arange(length - count, length))
-            token_slots.append(slots[length - count :])
-            table_index.append(np.arange(request.table_valid, length) + _row(request) * width)
-            table_slots.append(slots[request.table_valid :])
-            request.table_valid = length
-        rows = [_row(request) for request in requests]
-        samples = tuple(
-            SampleRow(
-                sampling=requests[i].sampling,
-                seed=requests[i].seed,
-                position=_sequence(requests[i]).length,
-                withheld_ids=requests[i].stop_ids if requests[i].sampling.min_new_tokens else (),
-                withheld_until=len(requests[i].prompt) + requests[i].sampling.min_new_tokens,
-            )
-            for i in sampled
-        )
-        return HostBatch(
-            is_decode=is_decode,
-            input_ids=_i64(input_ids),
-            positions=_i64(np.concatenate(positions)),
-            token_slots=_i64(np.concatenate(token_slots)),
-            rows=_i64(np.asarray(rows)),
-            seq_lens=_i64(np.asarray([_sequence(request).length for request in requests])),
-            new_lens=_i64(np.asarray(new_lens)),
-            table_index=_i64(np.concatenate(table_index)),
-            table_slots=_i64(np.concatenate(table_slots)),
-            samples=samples,
-            sample_tokens=_i64(sample_tokens),
-            sample_rows=_i64(np.asarray([rows[i] for i in sampled])),
-        )
-
     def _join_decode(self, request: Request, token: int | None) -> None:
         """The prompt is filled: others may share it from now on, and decode goes on with it."""
-        rebound = self._cache.publish(_sequence(request), request.tokens())
+        rebound = self._cache.publish(sequence_of(request), request.tokens())
         if rebound:
             request.table_valid = min(request.table_valid, rebound.start)
         self._running.append(request)
@@ -489,7 +355,7 @@ class ServingEngine:
         tree holds beyond our shared part must stay as it is till then: adopting the tree's slots
         would free ours under the step.
         """
-        sequence = _sequence(request)
+        sequence = sequence_of(request)
         computed = request.tokens()[: request.computed]
         held = self._cache.radix.peek_length(computed, request.namespace)
         if held <= sequence.shared_len:
@@ -503,8 +369,8 @@ class ServingEngine:
 
     def _give_back(self, request: Request) -> None:
         """Computed tokens go to the prefix tree, other slots to the pool; the row is free."""
-        self._cache.close(_sequence(request), request.tokens()[: request.computed])
-        self._rows.free(_row(request))
+        self._cache.close(sequence_of(request), request.tokens()[: request.computed])
+        self._rows.free(row_of(request))
         request.sequence = request.row = None
         request.computed = request.table_valid = 0
 
@@ -517,17 +383,3 @@ class ServingEngine:
         self.retractions += 1
         self._queue.add(request)
         self._admission_blocked = False
-
-
-def _sequence(request: Request) -> CachedSequence:
-    assert request.sequence is not None, f"{request.rid} holds no sequence"
-    return request.sequence
-
-
-def _row(request: Request) -> int:
-    assert request.row is not None, f"{request.rid} holds no row"
-    return request.row
-
-
-def _i64(values: npt.NDArray[Any]) -> Ints:
-    return values.astype(np.int64, copy=False)

@@ -144,7 +144,7 @@ class DecodeGraphs:
         longest = self._slot_table.shape[1]
         ones = torch.ones(size, dtype=torch.int32, device=rows.device)
         batch = ForwardBatch(
-            is_decode=True,
+            decode_reqs=size,
             token_slots=slots,
             positions=positions,
             rows=rows,

@@ -135,7 +135,8 @@ class FakeRun:
         foreign = set((batch.table_index // width).tolist()) - set(batch.rows.tolist())
         assert not foreign, f"the launch writes rows {foreign} of the slot table, which it lacks"
         runner.slot_table.reshape(-1)[batch.table_index] = batch.table_slots
-        ids = runner.relay[batch.rows] if batch.is_decode else batch.input_ids
+        decoding = batch.rows[: batch.decode_reqs]
+        ids = np.concatenate([runner.relay[decoding], batch.input_ids])
         assert len(ids) == len(batch.token_slots) == len(batch.positions) == batch.new_lens.sum()
         assert _distinct(batch.rows), f"a row occurs twice: {batch.rows}"
         assert _distinct(batch.token_slots), f"two tokens in one slot: {batch.token_slots}"

@@ -6,7 +6,7 @@ Index spaces:
     token  position inside the flattened batch, requests one after the other
 
 For request i of a batch:  [ cached: prefix_lens[i] | new: new_lens[i] ]  = seq_lens[i]
-Decode is the case new_lens == 1 for all.
+Requests that decode, one new token each, come before those that prefill.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 class ForwardBatch:
     """Tensors are on the model's device unless a `_host` suffix says otherwise.
 
+    decode_reqs: how many requests decode. The others may have any number of new tokens.
     token_slots [tokens] i64: where each new token's keys and values are stored.
     positions [tokens] i64: index of each new token in its sequence.
     rows [reqs] i64: line of each request in slot_table.
@@ -29,7 +30,7 @@ class ForwardBatch:
     new_lens_host, seq_lens_host: the same lengths for code that loops on the host.
     """
 
-    is_decode: bool
+    decode_reqs: int
     token_slots: torch.Tensor
     positions: torch.Tensor
     rows: torch.Tensor

@@ -46,13 +46,15 @@ class SampleRow:
 class HostBatch:
     """See ForwardBatch for the index spaces; arrays are i64 on the host.
 
-    input_ids [tokens]; empty in decode, whose ids wait on the device in the relay table.
+    decode_reqs: the leading requests that decode. Each has one new token, whose id waits on the
+    device in the relay table; the others bring theirs in input_ids.
+    input_ids [tokens - decode_reqs].
     table_index, table_slots: flat writes to the slot table that this launch brings up to date.
     samples: the requests that get a token, and sample_tokens [samples], the flattened token
     index whose logits choose it; sample_rows [samples] where it goes in the relay table.
     """
 
-    is_decode: bool
+    decode_reqs: int
     input_ids: Ints
     positions: Ints
     token_slots: Ints
@@ -64,6 +66,11 @@ class HostBatch:
     samples: tuple[SampleRow, ...]
     sample_tokens: Ints
     sample_rows: Ints
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is a decode step and nothing else."""
+        return self.decode_reqs == len(self.rows)
 
 
 class SampleTensors(NamedTuple):
@@ -122,7 +129,7 @@ def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
     )
     table_index, table_slots, *samples = outside
     forward = ForwardBatch(
-        is_decode=host.is_decode,
+        decode_reqs=host.decode_reqs,
         token_slots=token_slots,
         positions=positions,
         rows=rows,

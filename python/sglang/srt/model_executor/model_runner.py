@@ -159,7 +159,8 @@ class ModelRun:
         runner = self._runner
         batch = upload(self._host, runner.slot_table)
         runner.update_slot_table(batch.table_index, batch.table_slots)
-        input_ids = runner.relay[batch.forward.rows] if self._host.is_decode else batch.input_ids
+        decoding = batch.forward.rows[: self._host.decode_reqs]
+        input_ids = torch.cat([runner.relay[decoding], batch.input_ids])
         self._batch, self._state = batch, runner.model.embed(input_ids)
 
 

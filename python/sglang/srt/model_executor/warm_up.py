@@ -46,7 +46,7 @@ def _prompt(count: int, wish: SamplingParams, context_length: int) -> HostBatch:
     tokens = np.arange(count, dtype=np.int64)
     one = np.ones(1, dtype=np.int64)
     return HostBatch(
-        is_decode=False,
+        decode_reqs=0,
         input_ids=np.zeros(count, dtype=np.int64),
         positions=tokens,
         token_slots=tokens + 1,

@@ -37,12 +37,12 @@ class PlacedRequests:
         """The decode step that computes token length-1 of every request."""
         requests = len(self.rows)
         empty: Ints = np.empty(0, dtype=np.int64)
-        return self._batch(length - 1, length, empty, np.arange(requests), is_decode=True)
+        return self._batch(length - 1, length, empty, np.arange(requests), requests)
 
     def fill(self, first: int, last: int, input_ids: Ints) -> HostBatch:
         """The prefill of tokens first..last-1 of every request; input_ids [reqs * new]."""
         ends = np.arange(1, len(self.rows) + 1) * (last - first) - 1
-        return self._batch(first, last, input_ids, ends, is_decode=False)
+        return self._batch(first, last, input_ids, ends, decode_reqs=0)
 
     def _batch(
         self,
@@ -50,14 +50,13 @@ class PlacedRequests:
         last: int,
         input_ids: Ints,
         sample_tokens: npt.NDArray[np.int64],
-        *,
-        is_decode: bool,
+        decode_reqs: int,
     ) -> HostBatch:
         requests = len(self.rows)
         positions = np.arange(first, last)
         new_slots = self.slots[:, first:last].reshape(-1)
         return HostBatch(
-            is_decode=is_decode,
+            decode_reqs=decode_reqs,
             input_ids=input_ids,
             positions=np.tile(positions, requests),
             token_slots=new_slots,
