@@ -17,13 +17,14 @@ endif
 MODEL ?= $(shell $(PYTHON) -m benchmark.smollm2)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve demo test test-gpu bench bench-batch check docs clean
+.PHONY: help install serve demo test test-gpu test-memcheck bench bench-batch check docs clean
 
 help:
 	@echo "make demo       start a server, hold conversations with it, report what was reused and overlapped"
 	@echo "make serve      serve on port $(PORT); MODEL=path PORT=n ARGS='more flags'"
 	@echo "make test       all tests that need no GPU"
 	@echo "make test-gpu   tests of the GPU path; usually with PYTHON=python3"
+	@echo "make test-memcheck  the kernels' tests under NVIDIA's compute-sanitizer"
 	@echo "make bench      load a running server; ARGS='flags of sglang.bench_serving'"
 	@echo "make bench-batch  time batches without a server; MODEL=path ARGS='--decode 8x1024 ...'"
 	@echo "make check      lint, format, types, and whether docs/flags.md is up to date"
@@ -53,6 +54,11 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(PYTHON) -m pytest test/gpu $(ARGS)
+
+# Every allocation is its own, so that a kernel that strays beyond a tensor is seen. Slow.
+test-memcheck: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+		$(PYTHON) -m pytest $(wildcard test/gpu/test_*kernels.py) test/gpu/test_matmul.py $(ARGS)
 
 bench: $(READY)
 	$(PYTHON) -m sglang.bench_serving --port $(PORT) $(ARGS)

@@ -33,22 +33,46 @@ class PrefillView:
 
 @dataclass(frozen=True, slots=True)
 class LoadView:
-    """What a dispatcher may know. decode_step_s: time of the last settled step, if any."""
+    """What a dispatcher may know.
+
+    waiting: prompts that a launch could take up, the half-filled one included; waiting_tokens:
+    their tokens that no launch has taken yet, prefixes that may be cached counted too.
+    decode_step_s: time of the last settled step without prompt tokens, if any.
+    """
 
     waiting: int
     running: int
     decode_in_flight: int
     prefill: PrefillView | None
     decode_step_s: float | None = None
+    waiting_tokens: int = 0
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether a step launched now could carry prompt tokens."""
+        return self.waiting > 0 and self.prefill is None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to launch now, on which partition: a decode step or not, prefill layers at most."""
+    """What to launch now, on which partition: a decode step or not, prefill layers at most.
+
+    fused_tokens: prompt tokens, at most, that ride in the decode step. Such a step has the whole
+    device. It goes without them while a prefill batch is in flight (LoadView.can_fuse).
+    """
 
     partition: Partition
     decode: bool = False
     prefill_layers: int = 0
+    fused_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fused_tokens == 0:
+            return
+        if not self.decode or not self.partition.exclusive or self.prefill_layers:
+            raise ValueError(f"a fused step is a decode step alone on the whole device: {self}")
+        if self.fused_tokens < 0:
+            raise ValueError(f"fused_tokens={self.fused_tokens} must not be negative")
 
 
 class Dispatcher(Protocol):
@@ -82,6 +106,32 @@ class TakeTurns:
             return Plan(self.table.whole, prefill_layers=view.prefill.layers_left)
         decode = view.running > 0 and view.decode_in_flight < self.decode_depth
         return Plan(self.table.whole, decode=decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """Prompts ride in decode steps, on the whole device: what others call a mixed chunk.
+
+    A step has at most `step_tokens` tokens, one of each running request and prompt tokens in what
+    is left. With nothing waiting it is a plain decode step, with nothing running a chunk of
+    `step_tokens`. While `step_tokens` requests or more are running no prompt goes on.
+    """
+
+    table: PartitionTable
+    step_tokens: int
+    decode_depth: int = 2
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < 1:
+            raise ValueError(f"step_tokens={self.step_tokens} must be at least 1")
+
+    def admits(self, view: LoadView, now_s: float) -> bool:
+        return False
+
+    def dispatch(self, view: LoadView, now_s: float) -> Plan:
+        room = max(self.step_tokens - view.running, 0) if view.can_fuse else 0
+        decode = (view.running > 0 or room > 0) and view.decode_in_flight < self.decode_depth
+        return Plan(self.table.whole, decode=decode, fused_tokens=room if decode else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,10 @@
     plan    -> which partition, how much of each phase
     launch  -> decode first, for its launch is short and its deadline near; then prefill layers
 
+Prompts take one of two ways, from turn to turn: in a prefill batch, slice by slice on the prefill
+lane, or as tokens that ride in a decode step (a fused step). A prompt may begin on one way and go
+on on the other: fused steps and slices run one behind the other, in the order of launch.
+
 The host never blocks on a lane. The engine behind the `Engine` protocol owns requests and
 memory; the gang owns what is in flight.
 """
@@ -44,10 +48,20 @@ class PrefillJob(Protocol):
 
 
 class DecodeJob(Protocol):
-    """One decode step of every running request."""
+    """One decode step of every running request, and prompt tokens that ride in it."""
 
     @property
     def requests(self) -> int: ...
+
+    @property
+    def tokens(self) -> int:
+        """New tokens, those of prompts included."""
+        ...
+
+    @property
+    def fused_tokens(self) -> int:
+        """Those of prompts; 0 in a plain decode step."""
+        ...
 
     def step_work(self, lane: Lane) -> Work: ...
 
@@ -64,7 +78,12 @@ class Engine(Protocol[P, D]):
 
     @property
     def waiting(self) -> int:
-        """Requests that could start a prefill."""
+        """Prompts that could start or go on."""
+        ...
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Their tokens that no launch has taken yet; what may be cached is counted too."""
         ...
 
     @property
@@ -80,8 +99,14 @@ class Engine(Protocol[P, D]):
         """All launched slices are done. A job that was cancelled half way also ends here."""
         ...
 
-    def begin_decode(self, steps_in_flight: int) -> D | None:
-        """The next step, with memory for its tokens; None if no request can take one now."""
+    def begin_decode(self, steps_in_flight: int, fused_tokens: int) -> D | None:
+        """The next step, with memory for its tokens; None if no request can take one now.
+
+        fused_tokens: prompt tokens that may ride in it; always 0 beside a prefill batch, since
+        two half-filled prompts could wait for each other's memory. The steps before it are not
+        settled yet: a prompt goes on where the last launch left it, and one that the last launch
+        completed takes its first decode step.
+        """
         ...
 
     def finish_decode(self, job: D) -> None:
@@ -145,6 +170,8 @@ class Gang(Generic[P, D]):
         self._last_slice: Ticket | None = None
         # The last slice of prefills that have joined decode since the last decode launch.
         self._merged: Ticket | None = None
+        # The last fused step, until a slice has been put behind it.
+        self._last_fused: Ticket | None = None
 
     @property
     def idle(self) -> bool:
@@ -153,19 +180,19 @@ class Gang(Generic[P, D]):
 
     def turn(self) -> bool:
         """One round. Returns whether anything was settled or launched."""
-        settled = self._settle_decode() + self._settle_prefill()
+        # Slices are polled before decode steps: a batch may follow a fused step that fills the
+        # same prompt, and is only finished once that step is settled.
+        settled = self._settle_slices() + self._settle_decode() + self._finish_prefill()
         now_s = self._clock()
-        if (
-            self._prefill is None
-            and self._engine.waiting
-            and self._dispatcher.admits(self._view(), now_s)
-            and (job := self._engine.begin_prefill())
-        ):
-            self._prefill = _Prefill(job)
-        plan = self._dispatcher.dispatch(self._view(), now_s)
+        view = self._view()
+        if view.waiting and self._prefill is None and self._dispatcher.admits(view, now_s):
+            job = self._engine.begin_prefill()
+            self._prefill = _Prefill(job) if job else None
+            view = self._view()
+        plan = self._dispatcher.dispatch(view, now_s)
         launched = False
         if plan.decode:
-            launched |= self._launch_decode(plan.partition)
+            launched |= self._launch_decode(plan.partition, plan.fused_tokens)
         if plan.prefill_layers and self._prefill and not self._prefill.job.cancelled:
             launched |= self._launch_prefill(plan.partition, plan.prefill_layers)
         return bool(settled) or launched
@@ -174,15 +201,24 @@ class Gang(Generic[P, D]):
         settled = 0
         while self._decode and self._decode[0].ticket.done():
             step = self._decode.popleft()
-            span = step.ticket.span()
-            self._decode_step_s = span.duration_s
-            requests = step.job.requests
-            self._timeline.add(LaneRun(Phase.DECODE, step.partition, span, requests, requests))
-            self._engine.finish_decode(step.job)
+            job, span = step.job, step.ticket.span()
+            if not job.fused_tokens:
+                self._decode_step_s = span.duration_s
+            self._timeline.add(
+                LaneRun(
+                    Phase.DECODE,
+                    step.partition,
+                    span,
+                    job.requests,
+                    job.tokens,
+                    fused_tokens=job.fused_tokens,
+                )
+            )
+            self._engine.finish_decode(job)
             settled += 1
         return settled
 
-    def _settle_prefill(self) -> int:
+    def _settle_slices(self) -> int:
         prefill = self._prefill
         if prefill is None:
             return 0
@@ -197,14 +233,20 @@ class Gang(Generic[P, D]):
                 LaneRun(Phase.PREFILL, done.partition, span, job.requests, job.tokens, done.layers)
             )
             settled += 1
+        return settled
+
+    def _finish_prefill(self) -> int:
+        prefill = self._prefill
+        if prefill is None:
+            return 0
         complete = prefill.finished == self._engine.num_layers
         dropped = prefill.job.cancelled and not prefill.in_flight
-        if complete or dropped:
-            self._prefill = None
-            self._merged = self._last_slice
-            self._engine.finish_prefill(prefill.job)
-            settled += 1
-        return settled
+        if not complete and not dropped:
+            return 0
+        self._prefill = None
+        self._merged = self._last_slice
+        self._engine.finish_prefill(prefill.job)
+        return 1
 
     def _view(self) -> LoadView:
         return LoadView(
@@ -213,17 +255,20 @@ class Gang(Generic[P, D]):
             decode_in_flight=len(self._decode),
             prefill=self._prefill.view(self._engine.num_layers) if self._prefill else None,
             decode_step_s=self._decode_step_s,
+            waiting_tokens=self._engine.waiting_tokens,
         )
 
-    def _launch_decode(self, partition: Partition) -> bool:
-        job = self._engine.begin_decode(len(self._decode))
+    def _launch_decode(self, partition: Partition, fused_tokens: int) -> bool:
+        job = self._engine.begin_decode(len(self._decode), 0 if self._prefill else fused_tokens)
         if job is None:
             return False
         lane = self._lanes.lane(Phase.DECODE, partition)
-        # Behind the prefill whose rows join now, so that its writes are visible to this lane;
-        # not behind the slices of the prefill that is still running.
+        # Behind the prefill whose rows join now or whose prompt goes on here, so that its writes
+        # are visible to this lane; not behind the slices of the prefill that is still running.
         ticket = lane.launch(job.step_work(lane), after=_given(self._last_decode, self._merged))
         self._last_decode, self._merged = ticket, None
+        if job.fused_tokens:
+            self._last_fused = ticket
         self._decode.append(_Step(job, ticket, partition))
         return True
 
@@ -236,9 +281,10 @@ class Gang(Generic[P, D]):
             return False
         lane = self._lanes.lane(Phase.PREFILL, partition)
         ticket = lane.launch(
-            prefill.job.slice_work(lane, first, last), after=_given(self._last_slice)
+            prefill.job.slice_work(lane, first, last),
+            after=_given(self._last_slice, self._last_fused),
         )
-        self._last_slice = ticket
+        self._last_slice, self._last_fused = ticket, None
         prefill.in_flight.append(_Slice(ticket, partition, last - first))
         prefill.launched = last
         return True

@@ -11,7 +11,11 @@ from drift_scheduler.partition import Partition
 
 @dataclass(frozen=True, slots=True)
 class LaneRun:
-    """One settled piece of work. `layers` is 0 for decode, which always runs all of them."""
+    """One settled piece of work.
+
+    tokens: new tokens, of which fused_tokens are prompt tokens that rode in a decode step.
+    `layers` is 0 for decode, which always runs all of them.
+    """
 
     phase: Phase
     partition: Partition
@@ -19,6 +23,7 @@ class LaneRun:
     requests: int
     tokens: int
     layers: int = 0
+    fused_tokens: int = 0
 
 
 class Timeline:
@@ -31,6 +36,7 @@ class Timeline:
         self._runs: dict[Phase, deque[LaneRun]] = {phase: deque(maxlen=capacity) for phase in Phase}
         self._busy_s = dict.fromkeys(Phase, 0.0)
         self._both_busy_s = 0.0
+        self._fused_busy_s = 0.0
         self._runs_by_partition: dict[int, int] = {}
 
     def add(self, run: LaneRun) -> None:
@@ -45,6 +51,8 @@ class Timeline:
             self._both_busy_s += max(0.0, shared_s)
         self._runs[run.phase].append(run)
         self._busy_s[run.phase] += run.span.duration_s
+        if run.fused_tokens:
+            self._fused_busy_s += run.span.duration_s
         index = run.partition.index
         self._runs_by_partition[index] = self._runs_by_partition.get(index, 0) + 1
 
@@ -59,6 +67,11 @@ class Timeline:
     def both_busy_s(self) -> float:
         """Seconds during which prefill and decode kernels were in progress at the same time."""
         return self._both_busy_s
+
+    @property
+    def fused_busy_s(self) -> float:
+        """Seconds of decode steps in which prompt tokens rode; busy_s(DECODE) has them too."""
+        return self._fused_busy_s
 
     def launches(self, partition: Partition) -> int:
         """Pieces of work that ran under this partition."""

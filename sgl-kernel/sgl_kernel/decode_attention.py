@@ -1,13 +1,21 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 """Attention of one new token a request over a paged cache, split over the keys.
 
-    sequence   [ chunk 0 | chunk 1 | ... | rest ]       one unit of work each, times kv heads
-                    |         |           |
-               partial sums, relative to each chunk's own peak
-                    +---------+-----------+---> merge
+A sequence is cut into chunks, a chunk into blocks. All blocks of a batch stand in one line, cut at
+chunk borders into one run for each team of programs, one program a kv head:
 
-How a sequence is cut depends on its own length only: neither the batch nor the number of SMs
-changes a result, not in its last bit. The SM count sets how many programs share the units.
+    request      |        0        |   1   |            2            |
+    chunk        | 0 | 1 | 2 | 3 |4| 0 | 1 | 0 | 1 | 2 | 3 | 4 | 5 |6|
+    team         |   0   |     1     |     2     |     3     |   4   |
+
+A program folds the chunks of a request one after the other. Where a request is shared out, the
+program with its first chunk leaves its fold in the scratch, the others leave each chunk by itself,
+and the last to arrive goes on folding in the same order. So it is always the same operations on the
+same numbers: neither the batch nor the number of programs changes a result, not in its last bit.
+How a sequence is cut depends on its own length only.
+
+The loop over blocks runs across chunks and requests, and its loads are always some blocks ahead: a
+small lane has few programs, each of which must keep its SM's share of the bandwidth busy.
 """
 
 from __future__ import annotations
@@ -21,15 +29,21 @@ import torch
 import triton
 import triton.language as tl
 
-from sgl_kernel.online_softmax import fold_block
+from sgl_kernel.launch import Launcher
+from sgl_kernel.online_softmax import combine, first_columns, fold_columns
 from sgl_kernel.paged_batch import PagedBatch, check_attention_args
 
-_MIN_CHUNK_TOKENS = 256
+# A short sequence is cut finer, since it may be alone and should still reach many SMs.
+_SHORT_SEQ_TOKENS = 1024
+_SHORT_CHUNK_TOKENS = 128
+_MIN_CHUNK_TOKENS = 512
 _MAX_CHUNKS = 64
 # Chunks double until at most _MAX_CHUNKS remain; the kernel unrolls this many doublings, enough
 # for 67 million tokens. Later chunks would only become more numerous, not wrong.
 _MAX_DOUBLINGS = 12
-_MERGE_BLOCK = 16
+# Elements that a program loads at one time to merge: as many as its registers hold.
+_MERGE_ELEMENTS = 4096
+_MERGE_UNROLL = 8
 _MAX_REQS = 4096
 
 
@@ -61,37 +75,57 @@ def decode_attention_ref(
 
 def num_chunks(seq_len: int) -> int:
     """Into how many chunks a sequence of that length is cut; at least 1."""
-    chunk_tokens = _MIN_CHUNK_TOKENS
+    chunk_tokens = _MIN_CHUNK_TOKENS if seq_len > _SHORT_SEQ_TOKENS else _SHORT_CHUNK_TOKENS
     for _ in range(_MAX_DOUBLINGS):
         if seq_len > chunk_tokens * _MAX_CHUNKS:
             chunk_tokens *= 2
     return max(1, -(-seq_len // chunk_tokens))
 
 
+def most_chunks(max_seq_len: int) -> int:
+    """The most chunks that any sequence up to that length is cut into: a longer one may be cut
+    into fewer."""
+    borders = (_SHORT_SEQ_TOKENS, _MIN_CHUNK_TOKENS * _MAX_CHUNKS, max_seq_len)
+    return max(num_chunks(seq_len) for seq_len in borders if seq_len <= max_seq_len)
+
+
 @dataclass(slots=True)
 class DecodeScratch:
-    """Where chunks leave their sums; belongs to one lane, since launches overwrite it.
+    """Where programs leave what another one finishes; belongs to one lane: launches overwrite it.
 
-    acc [chunks, q_heads, head_dim] f32: attended values of a chunk. lse [chunks, q_heads] f32:
-    log2 of the chunk's softmax denominator.
+    acc [chunks, q_heads, head_dim] f32, norm and peak [chunks, q_heads] f32: states of a running
+    softmax. folded [chunks, q_heads] i32: how many chunks the fold of a request's first program
+    covers. arrived [chunks, q_heads] i32: how many chunks of a request are in the scratch. A kernel
+    finds it all 0 and leaves it all 0; nothing else may write it, and a launch that was cut off
+    takes the scratch with it. A request's entries of the last two are those of its first chunk.
     """
 
     acc: torch.Tensor
-    lse: torch.Tensor
+    norm: torch.Tensor
+    peak: torch.Tensor
+    folded: torch.Tensor
+    arrived: torch.Tensor
 
     @classmethod
     def allocate(
         cls, chunks: int, num_heads: int, head_dim: int, device: torch.device
     ) -> DecodeScratch:
-        """Room for so many chunks, all requests of a batch together."""
+        """Room for so many chunks, all requests of a batch together.
+
+        `arrived` is zeroed on the current stream: launches on others must wait for that.
+        """
+        per_head = (chunks, num_heads)
         return cls(
-            acc=torch.empty((chunks, num_heads, head_dim), dtype=torch.float32, device=device),
-            lse=torch.empty((chunks, num_heads), dtype=torch.float32, device=device),
+            acc=torch.empty((*per_head, head_dim), dtype=torch.float32, device=device),
+            norm=torch.empty(per_head, dtype=torch.float32, device=device),
+            peak=torch.empty(per_head, dtype=torch.float32, device=device),
+            folded=torch.empty(per_head, dtype=torch.int32, device=device),
+            arrived=torch.zeros(per_head, dtype=torch.int32, device=device),
         )
 
     @property
     def chunks(self) -> int:
-        return int(self.lse.shape[0])
+        return int(self.norm.shape[0])
 
 
 def chunks_needed(seq_lens: Iterable[int]) -> int:
@@ -100,6 +134,9 @@ def chunks_needed(seq_lens: Iterable[int]) -> int:
 
 
 class _Tile(NamedTuple):
+    """block_n: tokens of a block; it divides every chunk. num_stages: blocks in shared memory, one
+    of them at work. programs_per_sm: as shared memory allows."""
+
     block_n: int
     num_warps: int
     num_stages: int
@@ -109,54 +146,130 @@ class _Tile(NamedTuple):
 def _tile(dtype: torch.dtype, block_dim: int) -> _Tile:
     """A fixed choice, so that no request waits for a tuner and none changes a result."""
     if dtype == torch.float32:
-        return _Tile(block_n=32, num_warps=4, num_stages=2, programs_per_sm=2)
-    # Five stages are two for the slots, whose loads the keys wait for, and two blocks in flight.
-    programs_per_sm = 4 if block_dim <= 128 else 2
-    return _Tile(block_n=32, num_warps=4, num_stages=5, programs_per_sm=programs_per_sm)
+        return _Tile(block_n=32, num_warps=4, num_stages=3, programs_per_sm=2)
+    if block_dim <= 64:
+        return _Tile(block_n=128, num_warps=4, num_stages=3, programs_per_sm=2)
+    if block_dim <= 128:
+        return _Tile(block_n=64, num_warps=4, num_stages=3, programs_per_sm=2)
+    return _Tile(block_n=64, num_warps=4, num_stages=3, programs_per_sm=1)
+
+
+class _Cut(NamedTuple):
+    """How the kernel cuts sequences: what num_chunks() reads, handed over as one constant."""
+
+    short_seq: int
+    short_chunk: int
+    min_chunk: int
+    max_chunks: int
+    max_doublings: int
+
+
+_CUT = _Cut(_SHORT_SEQ_TOKENS, _SHORT_CHUNK_TOKENS, _MIN_CHUNK_TOKENS, _MAX_CHUNKS, _MAX_DOUBLINGS)
 
 
 @triton.jit
-def _chunk_tokens(
-    seq_len, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr, MAX_DOUBLINGS: tl.constexpr
-):
-    chunk = seq_len * 0 + MIN_CHUNK
-    for _ in tl.static_range(MAX_DOUBLINGS):
-        chunk = tl.where(seq_len > chunk * MAX_CHUNKS, chunk * 2, chunk)
+def _chunk_tokens(seq_len, CUT: tl.constexpr):
+    chunk = tl.where(seq_len > CUT.short_seq, CUT.min_chunk, CUT.short_chunk)
+    for _ in tl.static_range(tl.constexpr(CUT.max_doublings)):
+        chunk = tl.where(seq_len > chunk * CUT.max_chunks, chunk * 2, chunk)
     return chunk
 
 
 @triton.jit
-def _chunks_of_reqs(
-    seq_lens,
-    new_starts,
-    num_reqs,
-    BLOCK_REQS: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    MAX_DOUBLINGS: tl.constexpr,
+def _request_of(block, block_ends, chunk_ends):
+    """The request that a block of the line belongs to, its first block, and its first chunk."""
+    before = block_ends <= block
+    req = tl.sum(before.to(tl.int32), axis=0)
+    first_block = tl.max(tl.where(before, block_ends, 0), axis=0)
+    first_chunk = tl.max(tl.where(before, chunk_ends, 0), axis=0)
+    return req, first_block, first_chunk
+
+
+@triton.jit
+def _own_token(token, seq_len):
+    """The token; behind the sequence, its last one, to be read again with a weight of 0.
+
+    Whatever lies in a slot that is not the request's own must not reach a sum: 0 * nan is nan.
+    """
+    return tl.maximum(tl.minimum(token, seq_len - 1), 0)
+
+
+@triton.jit
+def _cut_at(
+    block, num_blocks, block_ends, chunk_ends, seq_lens, BLOCK_N: tl.constexpr, CUT: tl.constexpr
 ):
-    """How many chunks each request has [BLOCK_REQS] i32; 0 for those that are not decoding."""
-    req = tl.arange(0, BLOCK_REQS)
-    in_batch = req < num_reqs
-    seq_len = tl.load(seq_lens + req, mask=in_batch, other=0)
-    first_token = tl.load(new_starts + req, mask=in_batch, other=0)
-    end_token = tl.load(new_starts + req + 1, mask=in_batch, other=0)
-    chunk = _chunk_tokens(seq_len, MIN_CHUNK, MAX_CHUNKS, MAX_DOUBLINGS)
-    # An empty sequence keeps one empty chunk, so that its row of out is written: with zeros.
-    return tl.where(end_token - first_token == 1, tl.maximum(tl.cdiv(seq_len, chunk), 1), 0)
+    """The first chunk border at or behind a block of the line."""
+    cut = num_blocks
+    if block < num_blocks:
+        req, first_block, _ = _request_of(block, block_ends, chunk_ends)
+        seq_len = tl.load(seq_lens + req)
+        chunk_blocks = _chunk_tokens(seq_len, CUT) // BLOCK_N
+        in_req = tl.cdiv(block - first_block, chunk_blocks) * chunk_blocks
+        cut = first_block + tl.minimum(in_req, tl.maximum(tl.cdiv(seq_len, BLOCK_N), 1))
+    return cut
+
+
+@triton.jit
+def _merge(
+    out_row,
+    acc_scratch,
+    norm_scratch,
+    peak_scratch,
+    first_chunk,
+    begin,
+    end,
+    kv_head,
+    out_head_stride,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Folds the parts begin .. end - 1 of a request, and writes the rows of out of a kv head."""
+    # In one dimension, and with its head's norm and peak in every element, no value moves between
+    # threads: nothing keeps the loads of UNROLL parts from being under way together.
+    element = tl.arange(0, BLOCK_GROUP * BLOCK_DIM)
+    head = kv_head * GROUP + element // BLOCK_DIM
+    dim = element % BLOCK_DIM
+    in_tile = (element < GROUP * BLOCK_DIM) & (dim < HEAD_DIM)
+    first_part = first_chunk.to(tl.int64) * HEADS + head
+    acc = tl.zeros([BLOCK_GROUP * BLOCK_DIM], dtype=tl.float32)
+    norm = tl.zeros([BLOCK_GROUP * BLOCK_DIM], dtype=tl.float32)
+    peak = tl.full([BLOCK_GROUP * BLOCK_DIM], float("-inf"), dtype=tl.float32)
+    for start in range(begin, end, UNROLL):
+        for i in tl.static_range(UNROLL):
+            part = first_part + (start + i) * HEADS
+            mask = in_tile & (start + i < end)
+            # Other SMs wrote them a moment ago: .cg looks past this SM's own cache.
+            part_norm = tl.load(norm_scratch + part, mask=mask, other=0.0, cache_modifier=".cg")
+            part_peak = tl.load(
+                peak_scratch + part, mask=mask, other=float("-inf"), cache_modifier=".cg"
+            )
+            part_acc = tl.load(
+                acc_scratch + part * HEAD_DIM + dim, mask=mask, other=0.0, cache_modifier=".cg"
+            )
+            acc, norm, peak = combine(acc, norm, peak, part_acc, part_norm, part_peak)
+    result = acc * (1.0 / norm)
+    out_element = out_row + head * out_head_stride + dim
+    tl.store(out_element, result.to(out_row.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit(
     do_not_specialize=["num_reqs"],
     do_not_specialize_on_alignment=["rows", "seq_lens", "new_starts"],
 )
-def _chunk_kernel(
+def _decode_kernel(
     q,
     k_cache,
     v_cache,
     out,
     acc_scratch,
-    lse_scratch,
+    norm_scratch,
+    peak_scratch,
+    folded_scratch,
+    arrived_scratch,
     slot_table,
     rows,
     seq_lens,
@@ -165,151 +278,215 @@ def _chunk_kernel(
     scale_log2,
     q_token_stride,
     q_head_stride,
-    cache_slot_stride,
-    cache_head_stride,
     out_token_stride,
     out_head_stride,
     slot_table_stride,
+    CACHE_SLOT_STRIDE: tl.constexpr,
+    CACHE_HEAD_STRIDE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_REQS: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    MAX_DOUBLINGS: tl.constexpr,
-):
-    # Every program derives the same list of units from the lengths on the device, so that one
-    # launch, and one captured graph, serves any lengths: unit = (request, chunk), request-major.
-    req_index = tl.arange(0, BLOCK_REQS)
-    chunks = _chunks_of_reqs(
-        seq_lens, new_starts, num_reqs, BLOCK_REQS, MIN_CHUNK, MAX_CHUNKS, MAX_DOUBLINGS
-    )
-    chunk_ends = tl.cumsum(chunks, axis=0)
-    num_items = tl.sum(chunks, axis=0) * KV_HEADS
-
-    tile_row = tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, BLOCK_DIM)
-    in_tile = (tile_row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    in_head = (dim < HEAD_DIM)[None, :]
-
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        # Neighbouring programs read neighbouring heads of the same tokens.
-        kv_head = item % KV_HEADS
-        unit = item // KV_HEADS
-        req = tl.sum((chunk_ends <= unit).to(tl.int32), axis=0)
-        chunk_index = unit - tl.sum(tl.where(req_index < req, chunks, 0), axis=0)
-
-        seq_len = tl.load(seq_lens + req)
-        chunk = _chunk_tokens(seq_len, MIN_CHUNK, MAX_CHUNKS, MAX_DOUBLINGS)
-        kv_start = chunk_index * chunk
-        kv_end = tl.minimum(seq_len, kv_start + chunk)
-        slot_row = slot_table + tl.load(rows + req).to(tl.int64) * slot_table_stride
-
-        token = tl.load(new_starts + req).to(tl.int64)
-        q_head = kv_head * GROUP + tile_row
-        q_offset = token * q_token_stride + q_head * q_head_stride
-        queries = tl.load(q + q_offset[:, None] + dim[None, :], mask=in_tile, other=0.0)
-        keys = k_cache + kv_head * cache_head_stride + dim[None, :]
-        values = v_cache + kv_head * cache_head_stride + dim[None, :]
-
-        acc = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
-        norm = tl.zeros([BLOCK_M], dtype=tl.float32)
-        peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        for start in range(kv_start, kv_end, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)
-            in_chunk = col < kv_end
-            slot = tl.load(slot_row + col, mask=in_chunk, other=0).to(tl.int64)
-            offset = slot[:, None] * cache_slot_stride
-            # Whatever lies in a slot that is not the request's own must not reach the sum: 0 * nan.
-            in_block = in_chunk[:, None] & in_head
-            k = tl.load(keys + offset, mask=in_block, other=0.0)
-            v = tl.load(values + offset, mask=in_block, other=0.0)
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-            scores = tl.where(in_chunk[None, :], scores, float("-inf"))
-            acc, norm, peak = fold_block(acc, norm, peak, scores, v, scale_log2)
-
-        result = tl.where(norm[:, None] > 0, acc / norm[:, None], 0.0)
-        if seq_len <= chunk:
-            out_offset = token * out_token_stride + q_head * out_head_stride
-            tl.store(
-                out + out_offset[:, None] + dim[None, :],
-                result.to(out.dtype.element_ty),
-                mask=in_tile,
-            )
-        else:
-            part = unit.to(tl.int64) * (KV_HEADS * GROUP) + q_head
-            tl.store(lse_scratch + part, peak + tl.log2(norm), mask=tile_row < GROUP)
-            tl.store(
-                acc_scratch + part[:, None] * HEAD_DIM + dim[None, :],
-                result,
-                mask=in_tile,
-            )
-
-
-@triton.jit(
-    do_not_specialize=["num_reqs"],
-    do_not_specialize_on_alignment=["seq_lens", "new_starts"],
-)
-def _merge_kernel(
-    out,
-    acc_scratch,
-    lse_scratch,
-    seq_lens,
-    new_starts,
-    num_reqs,
-    out_token_stride,
-    out_head_stride,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_REQS: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    MAX_DOUBLINGS: tl.constexpr,
+    CUT: tl.constexpr,
+    MERGE_UNROLL: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    head = tl.program_id(0)
-    req = tl.program_id(1)
-    first_token = tl.load(new_starts + req)
-    seq_len = tl.load(seq_lens + req)
-    chunk = _chunk_tokens(seq_len, MIN_CHUNK, MAX_CHUNKS, MAX_DOUBLINGS)
-    if seq_len <= chunk:
-        return
-    if tl.load(new_starts + req + 1) - first_token != 1:
-        return
-    num_chunks = tl.cdiv(seq_len, chunk)
-    chunks = _chunks_of_reqs(
-        seq_lens, new_starts, num_reqs, BLOCK_REQS, MIN_CHUNK, MAX_CHUNKS, MAX_DOUBLINGS
+    # Every program derives the line of blocks from the lengths on the device, so that one launch,
+    # and one captured graph, serves any lengths.
+    req_index = tl.arange(0, BLOCK_REQS)
+    in_batch = req_index < num_reqs
+    lens = tl.load(seq_lens + req_index, mask=in_batch, other=0)
+    first_tokens = tl.load(new_starts + req_index, mask=in_batch, other=0)
+    end_tokens = tl.load(new_starts + req_index + 1, mask=in_batch, other=0)
+    decoding = end_tokens - first_tokens == 1
+    # An empty sequence keeps one masked block, so that its row of out is written: with zeros.
+    blocks = tl.where(decoding, tl.maximum(tl.cdiv(lens, BLOCK_N), 1), 0)
+    chunks = tl.where(decoding, tl.maximum(tl.cdiv(lens, _chunk_tokens(lens, CUT)), 1), 0)
+    block_ends = tl.cumsum(blocks, axis=0)
+    chunk_ends = tl.cumsum(chunks, axis=0)
+    num_blocks = tl.sum(blocks, axis=0)
+
+    # Neighbouring programs read neighbouring heads of the same tokens at about the same time.
+    kv_head = tl.program_id(0) % KV_HEADS
+    team = tl.program_id(0) // KV_HEADS
+    teams = tl.num_programs(0) // KV_HEADS
+    share = num_blocks // teams
+    spare = num_blocks % teams
+    begin = _cut_at(
+        team * share + tl.minimum(team, spare),
+        num_blocks,
+        block_ends,
+        chunk_ends,
+        seq_lens,
+        BLOCK_N,
+        CUT,
     )
-    first_unit = tl.sum(tl.where(tl.arange(0, BLOCK_REQS) < req, chunks, 0), axis=0)
+    end = _cut_at(
+        (team + 1) * share + tl.minimum(team + 1, spare),
+        num_blocks,
+        block_ends,
+        chunk_ends,
+        seq_lens,
+        BLOCK_N,
+        CUT,
+    )
+    if begin >= end:
+        return
 
     dim = tl.arange(0, BLOCK_DIM)
-    in_head = dim < HEAD_DIM
-    acc = tl.zeros([BLOCK_DIM], dtype=tl.float32)
-    norm = 0.0
-    peak = float("-inf")
-    for start in range(0, num_chunks, BLOCK_CHUNKS):
-        index = start + tl.arange(0, BLOCK_CHUNKS)
-        in_seq = index < num_chunks
-        part = (first_unit + index).to(tl.int64) * HEADS + head
-        lse = tl.load(lse_scratch + part, mask=in_seq, other=float("-inf"))
-        parts = tl.load(
-            acc_scratch + part[:, None] * HEAD_DIM + dim[None, :],
-            mask=in_seq[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        new_peak = tl.maximum(peak, tl.max(lse, axis=0))
-        shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(lse - new_peak)
-        acc = acc * shrink + tl.sum(weights[:, None] * parts, axis=0)
-        norm = norm * shrink + tl.sum(weights, axis=0)
-        peak = new_peak
+    in_head = (dim < HEAD_DIM)[None, :]
+    dot_column = tl.arange(0, DOT_COLUMNS)
+    is_query = (dot_column < GROUP)[:, None] & in_head
+    column = tl.arange(0, COLUMNS)
+    in_group = column < GROUP
+    in_tile = (dim < HEAD_DIM)[:, None] & in_group[None, :]
+    q_head = kv_head * GROUP + column
+    query = q + (kv_head * GROUP + dot_column[:, None]) * q_head_stride + dim[None, :]
+    keys = k_cache + kv_head * CACHE_HEAD_STRIDE + dim[None, :]
+    values = v_cache + kv_head * CACHE_HEAD_STRIDE + dim[None, :]
 
-    out_offset = first_token.to(tl.int64) * out_token_stride + head * out_head_stride
-    tl.store(out + out_offset + dim, (acc / norm).to(out.dtype.element_ty), mask=in_head)
+    # Of the chunk at hand:
+    acc = tl.zeros([BLOCK_DIM, DOT_COLUMNS], dtype=tl.float32)
+    norms = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.float32)
+    peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
+    # Of its request's chunks so far, if this program has the first one:
+    fold_acc = tl.zeros([BLOCK_DIM, COLUMNS], dtype=tl.float32)
+    fold_norm = tl.zeros([1, COLUMNS], dtype=tl.float32)
+    fold_peak = tl.full([1, COLUMNS], float("-inf"), dtype=tl.float32)
+
+    tokens = tl.arange(0, BLOCK_N)
+    req, first_block, shared_chunk = _request_of(begin, block_ends, chunk_ends)
+    seq_len = tl.load(seq_lens + req)
+    chunk_blocks = _chunk_tokens(seq_len, CUT) // BLOCK_N
+    queries_at = query + tl.load(new_starts + req).to(tl.int64) * q_token_stride
+    slot_row = slot_table + tl.load(rows + req).to(tl.int64) * slot_table_stride
+    slot = tl.load(slot_row + _own_token((begin - first_block) * BLOCK_N + tokens, seq_len))
+    # The loads of a block, with the slots of the block behind it, run ahead of the rest of the
+    # body. The pipeliner can arrange that as long as they depend on no more than the first `if`,
+    # and the body has no loop and no barrier of its own.
+    for block in tl.range(begin, end, num_stages=NUM_STAGES):
+        queries = tl.load(queries_at, mask=is_query, other=0.0)
+        req_end = first_block + tl.maximum(tl.cdiv(seq_len, BLOCK_N), 1)
+        next_req = req
+        next_first_block = first_block
+        next_seq_len = seq_len
+        next_chunk_blocks = chunk_blocks
+        if (block + 1 == req_end) & (block + 1 < end):
+            next_req, next_first_block, _ = _request_of(block + 1, block_ends, chunk_ends)
+            next_seq_len = tl.load(seq_lens + next_req)
+            next_chunk_blocks = _chunk_tokens(next_seq_len, CUT) // BLOCK_N
+            queries_at = query + tl.load(new_starts + next_req).to(tl.int64) * q_token_stride
+            slot_row = slot_table + tl.load(rows + next_req).to(tl.int64) * slot_table_stride
+        next_col = (block + 1 - next_first_block) * BLOCK_N + tokens
+        next_slot = tl.load(slot_row + _own_token(next_col, next_seq_len))
+
+        offset = slot.to(tl.int64)[:, None] * CACHE_SLOT_STRIDE
+        if HEAD_DIM == BLOCK_DIM:
+            k = tl.load(keys + offset)
+            v = tl.load(values + offset)
+        else:
+            k = tl.load(keys + offset, mask=in_head, other=0.0)
+            v = tl.load(values + offset, mask=in_head, other=0.0)
+        scores = first_columns(tl.dot(k, tl.trans(queries), input_precision="ieee"), COLUMNS)
+        in_seq = (block - first_block) * BLOCK_N + tokens < seq_len
+        scores = tl.where(in_seq[:, None], scores, float("-inf"))
+        acc, norms, peak = fold_columns(acc, norms, peak, scores, v, scale_log2)
+
+        done_blocks = block + 1 - first_block
+        req_done = block + 1 == req_end
+        if req_done | (done_blocks & (chunk_blocks - 1) == 0):
+            chunk_acc = first_columns(acc, COLUMNS)
+            norm = tl.sum(norms, axis=0)
+            if first_block >= begin:
+                fold_acc, fold_norm, fold_peak = combine(
+                    fold_acc, fold_norm, fold_peak, chunk_acc, norm[None, :], peak[None, :]
+                )
+                if req_done:
+                    result = tl.where(seq_len > 0, fold_acc * (1.0 / fold_norm), 0.0)
+                    token = tl.load(new_starts + req).to(tl.int64)
+                    out_row = out + token * out_token_stride
+                    tl.store(
+                        out_row + q_head[None, :] * out_head_stride + dim[:, None],
+                        result.to(out.dtype.element_ty),
+                        mask=in_tile,
+                    )
+                    fold_acc = tl.zeros([BLOCK_DIM, COLUMNS], dtype=tl.float32)
+                    fold_norm = tl.zeros([1, COLUMNS], dtype=tl.float32)
+                    fold_peak = tl.full([1, COLUMNS], float("-inf"), dtype=tl.float32)
+            else:
+                chunk = shared_chunk + tl.cdiv(done_blocks, chunk_blocks) - 1
+                part = chunk.to(tl.int64) * HEADS + q_head
+                acc_part = acc_scratch + part[None, :] * HEAD_DIM + dim[:, None]
+                tl.store(acc_part, chunk_acc, mask=in_tile)
+                tl.store(norm_scratch + part, norm, mask=in_group)
+                tl.store(peak_scratch + part, peak, mask=in_group)
+            acc = tl.zeros([BLOCK_DIM, DOT_COLUMNS], dtype=tl.float32)
+            norms = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.float32)
+            peak = tl.full([COLUMNS], float("-inf"), dtype=tl.float32)
+
+        req = next_req
+        first_block = next_first_block
+        seq_len = next_seq_len
+        chunk_blocks = next_chunk_blocks
+        slot = next_slot
+
+    # The run's first and last request may be shared with other teams.
+    for side in range(2):
+        req, first_block, first_chunk = _request_of(
+            tl.where(side == 0, begin, end - 1), block_ends, chunk_ends
+        )
+        seq_len = tl.load(seq_lens + req)
+        chunk_blocks = _chunk_tokens(seq_len, CUT) // BLOCK_N
+        req_end = first_block + tl.maximum(tl.cdiv(seq_len, BLOCK_N), 1)
+        shared = (first_block < begin) | (req_end > end)
+        seen = (side == 1) & (first_block <= begin)
+        if shared & (seen == 0):
+            count = tl.cdiv(req_end - first_block, chunk_blocks)
+            before = tl.maximum(begin - first_block, 0) // chunk_blocks
+            here = tl.cdiv(tl.minimum(end, req_end) - first_block, chunk_blocks) - before
+            head = first_chunk * HEADS + kv_head
+            if first_block >= begin:
+                part = (first_chunk + here - 1).to(tl.int64) * HEADS + q_head
+                acc_part = acc_scratch + part[None, :] * HEAD_DIM + dim[:, None]
+                tl.store(acc_part, fold_acc, mask=in_tile)
+                part_of_row = part[None, :]
+                tl.store(norm_scratch + part_of_row, fold_norm, mask=in_group[None, :])
+                tl.store(peak_scratch + part_of_row, fold_peak, mask=in_group[None, :])
+                tl.store(folded_scratch + head, here)
+            # All threads have stored; then one of them releases that and acquires what the others
+            # of the request released; then all may load it.
+            tl.debug_barrier()
+            arrived = here + tl.atomic_add(arrived_scratch + head, here, sem="acq_rel", scope="gpu")
+            if arrived == count:
+                tl.store(arrived_scratch + head, 0)
+                folded = tl.load(folded_scratch + head, cache_modifier=".cg")
+                token = tl.load(new_starts + req).to(tl.int64)
+                _merge(
+                    out + token * out_token_stride,
+                    acc_scratch,
+                    norm_scratch,
+                    peak_scratch,
+                    first_chunk,
+                    folded - 1,
+                    count,
+                    kv_head,
+                    out_head_stride,
+                    GROUP,
+                    HEADS,
+                    HEAD_DIM,
+                    BLOCK_GROUP,
+                    BLOCK_DIM,
+                    MERGE_UNROLL,
+                )
+
+
+_decode = Launcher(_decode_kernel)
 
 
 def decode_attention(
@@ -322,15 +499,13 @@ def decode_attention(
     *,
     scale: float,
     num_sms: int,
-    max_seq_len: int,
 ) -> None:
     """Attends every request with exactly one new token; writes no other row of out.
 
     q, out [tokens, q_heads, head_dim]: f32, bf16 or f16; q may be strided over tokens and heads.
     k_cache, v_cache [slots, kv_heads, head_dim], of q's dtype; the new tokens are already in them.
     scratch: room for chunks_needed() of the lengths of those requests. scale: positive factor of
-    the scores. num_sms: SMs of the lane; it sets the grid, never the result. max_seq_len: no
-    sequence is longer; for a graph, at any replay.
+    the scores. num_sms: SMs of the lane; it sets the grid, never the result.
 
     A sequence of length 0 yields zeros. Sums are f32, and so are products if q is. A token's
     result depends on its own sequence alone, bit for bit.
@@ -348,61 +523,55 @@ def decode_attention(
         )
     if num_reqs == 0:
         return
-    group = num_heads // num_kv_heads
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    # Few distinct values: each is a compilation.
-    block_reqs = max(128, triton.next_power_of_2(num_reqs))
+    block_group = triton.next_power_of_2(num_heads // num_kv_heads)
+    columns = max(8, block_group)
     tile = _tile(q.dtype, block_dim)
-    _chunk_kernel[(num_sms * tile.programs_per_sm,)](
-        q,
-        k_cache,
-        v_cache,
-        out,
-        scratch.acc,
-        scratch.lse,
-        batch.slot_table,
-        batch.rows,
-        batch.seq_lens,
-        batch.new_starts,
-        num_reqs,
-        scale * math.log2(math.e),
-        q.stride(0),
-        q.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        out.stride(0),
-        out.stride(1),
-        batch.slot_table.stride(0),
-        KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        BLOCK_M=max(16, triton.next_power_of_2(group)),
-        BLOCK_N=tile.block_n,
-        BLOCK_REQS=block_reqs,
-        MIN_CHUNK=_MIN_CHUNK_TOKENS,
-        MAX_CHUNKS=_MAX_CHUNKS,
-        MAX_DOUBLINGS=_MAX_DOUBLINGS,
+    teams = max(1, num_sms * tile.programs_per_sm // num_kv_heads)
+    _decode(
+        (teams * num_kv_heads, 1, 1),
+        (
+            q,
+            k_cache,
+            v_cache,
+            out,
+            scratch.acc,
+            scratch.norm,
+            scratch.peak,
+            scratch.folded,
+            scratch.arrived,
+            batch.slot_table,
+            batch.rows,
+            batch.seq_lens,
+            batch.new_starts,
+        ),
+        (num_reqs,),
+        (
+            scale * math.log2(math.e),
+            q.stride(0),
+            q.stride(1),
+            out.stride(0),
+            out.stride(1),
+            batch.slot_table.stride(0),
+        ),
+        (
+            k_cache.stride(0),
+            k_cache.stride(1),
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            num_heads,
+            head_dim,
+            block_dim,
+            block_group,
+            columns,
+            # Tensor cores take 16 columns at least, exact products as many as there are.
+            columns if q.dtype == torch.float32 else max(16, columns),
+            tile.block_n,
+            # Few distinct values: each is a compilation.
+            max(128, triton.next_power_of_2(num_reqs)),
+            _CUT,
+            max(1, min(_MERGE_UNROLL, _MERGE_ELEMENTS // (block_group * block_dim))),
+            tile.num_stages,
+        ),
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    if num_chunks(max_seq_len) == 1:
-        return
-    _merge_kernel[(num_heads, num_reqs)](
-        out,
-        scratch.acc,
-        scratch.lse,
-        batch.seq_lens,
-        batch.new_starts,
-        num_reqs,
-        out.stride(0),
-        out.stride(1),
-        HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        BLOCK_CHUNKS=_MERGE_BLOCK,
-        BLOCK_REQS=block_reqs,
-        MIN_CHUNK=_MIN_CHUNK_TOKENS,
-        MAX_CHUNKS=_MAX_CHUNKS,
-        MAX_DOUBLINGS=_MAX_DOUBLINGS,
     )

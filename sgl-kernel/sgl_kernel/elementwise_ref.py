@@ -1,8 +1,8 @@
 """The element-wise part of a decoder layer in plain torch.
 
-What rms_norm, rope and silu_and_mul compute, rounding steps included. Unlike the other references
-these also serve models, where there is no GPU; so they live apart from the kernels and need no
-Triton.
+What rms_norm, rotate_and_store and silu_and_mul compute, rounding steps included. Unlike the other
+references these also serve models, where there is no GPU; so they live apart from the kernels and
+need no Triton.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ def add_rms_norm_ref(
     return rms_norm_ref(total, weight, eps), total
 
 
-def rotate_heads_ref(
+def rotate_and_store_ref(
     heads: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
     *,
     num_heads: int,
-    num_kv_heads: int,
     norm: HeadNorm | None,
-) -> None:
-    """Norms and rotates the q and k heads of a fused projection in place; see rope.rotate_heads."""
-    qk = heads[:, : num_heads + num_kv_heads]
+) -> torch.Tensor:
+    """Rotated queries, contiguous; see rotate_and_store. The caches may be of another dtype."""
+    num_kv_heads = k_cache.shape[1]
+    qk, v = heads.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     normed = qk
     if norm is not None:
         q, k = qk.split((num_heads, num_kv_heads), dim=1)
@@ -63,9 +66,12 @@ def rotate_heads_ref(
     # The products are float32 whatever the heads are, and new: the sums may reuse their memory.
     rotated_first = (first * cosine).sub_(second * sine)
     rotated_second = (second * cosine).add_(first * sine)
-    half = cos.shape[1]
-    qk[..., :half] = rotated_first
-    qk[..., half:] = rotated_second
+    rotated = torch.cat((rotated_first, rotated_second), dim=-1).to(heads.dtype)
+    k = rotated[:, num_heads:]
+    heads[:, num_heads : num_heads + num_kv_heads] = k
+    k_cache.index_copy_(0, slots, k.to(k_cache.dtype))
+    v_cache.index_copy_(0, slots, v.to(v_cache.dtype))
+    return rotated[:, :num_heads].contiguous()
 
 
 def silu_and_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sgl_kernel.launch import Launcher
+
 _ELEMENTS_PER_THREAD = 16
 _MAX_WARPS = 32
 # 32 elements a thread at most: a wider row does not fit into registers.
@@ -63,6 +65,10 @@ def _add_rms_norm_kernel(
     tl.store(out + row * WIDTH + col, _normed(total_row, weights, eps, WIDTH), mask=inside)
 
 
+_rms_norm = Launcher(_rms_norm_kernel)
+_add_rms_norm = Launcher(_add_rms_norm_kernel)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalises every row: [rows, width] contiguous, of x's dtype.
 
@@ -75,8 +81,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if rows:
         block, num_warps = _tile(width)
-        _rms_norm_kernel[(rows,)](
-            x, weight, out, eps, x.stride(0), WIDTH=width, BLOCK=block, num_warps=num_warps
+        _rms_norm(
+            (rows, 1, 1),
+            (x, weight, out),
+            (),
+            (eps, x.stride(0)),
+            (width, block),
+            num_warps=num_warps,
         )
     return out
 
@@ -98,17 +109,12 @@ def add_rms_norm(
     total = torch.empty_like(out)
     if rows:
         block, num_warps = _tile(width)
-        _add_rms_norm_kernel[(rows,)](
-            x,
-            residual,
-            weight,
-            out,
-            total,
-            eps,
-            x.stride(0),
-            residual.stride(0),
-            WIDTH=width,
-            BLOCK=block,
+        _add_rms_norm(
+            (rows, 1, 1),
+            (x, residual, weight, out, total),
+            (),
+            (eps, x.stride(0), residual.stride(0)),
+            (width, block),
             num_warps=num_warps,
         )
     return out, total

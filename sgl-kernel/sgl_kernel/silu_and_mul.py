@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sgl_kernel.launch import Launcher
+
 _BLOCK = 2048
 _NUM_WARPS = 4
 
@@ -28,6 +30,9 @@ def _silu_and_mul_kernel(
     tl.store(out + row * WIDTH + col, product, mask=inside)
 
 
+_silu_and_mul = Launcher(_silu_and_mul_kernel)
+
+
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [tokens, 2 * width], gate first -> silu(gate) * up, [tokens, width] contiguous.
 
@@ -43,14 +48,13 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if tokens:
         block = min(_BLOCK, triton.next_power_of_2(width))
-        blocks = triton.cdiv(width, block)
-        _silu_and_mul_kernel[(tokens * blocks,)](
-            gate_up,
-            out,
-            gate_up.stride(0),
-            WIDTH=width,
-            BLOCKS=blocks,
-            BLOCK=block,
+        blocks = -(-width // block)
+        _silu_and_mul(
+            (tokens * blocks, 1, 1),
+            (gate_up, out),
+            (),
+            (gate_up.stride(0),),
+            (width, blocks, block),
             num_warps=_NUM_WARPS,
         )
     return out

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
+from sglang.srt.layers.matmul.base import TorchMatmul
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_executor.forward_batch import ForwardBatch
-from sglang.srt.models.base import CausalLM
+from sglang.srt.models.base import CausalLM, LayerContext
 
 TinyModelDir = Callable[..., Path]
 
@@ -133,16 +134,11 @@ class PagedRunner:
         batch = self.batch({row: len(ids) for row, ids in new_ids.items()})
         self.attention.plan(batch)
         state = self.model.embed(torch.tensor([i for ids in new_ids.values() for i in ids]))
+        context = LayerContext(batch, self.pool, self.attention, TorchMatmul())
         cuts = [0, *boundaries, self.model.config.num_layers]
         for first, last in itertools.pairwise(cuts):
-            state = self.model.run_layers(
-                state,
-                batch.positions,
-                lambda layer, q, k, v: self.attention.attend(layer, q, k, v, batch),
-                first,
-                last,
-            )
-        logits = self.model.logits(state, torch.arange(batch.num_tokens))
+            state = self.model.run_layers(state, context, first, last)
+        logits = self.model.logits(state, None).float()
         for row, ids in new_ids.items():
             self.lens[row] += len(ids)
         return dict(zip(new_ids, logits.split(batch.new_lens_host), strict=True))

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from drift_scheduler.dispatcher import SplitByBatchSize, TakeTurns
+from drift_scheduler.dispatcher import Chunked, SplitByBatchSize, TakeTurns
 from drift_scheduler.lane import Phase
 from drift_scheduler.partition import Partition, PartitionTable
 from sglang.srt.errors import ConfigError
@@ -99,10 +99,10 @@ def test_a_prefill_batch_smaller_than_a_page_is_refused(start, flags):
 def test_every_lane_has_attention_of_its_own(start):
     flags = {"enable_pdmux": True} if num_cores > 1 else {}
     executor = start(**flags)
-    attention = executor.runner.attention
+    kernels = executor.runner.kernels
     expected = {(phase, index) for phase in Phase for index in range(len(executor.lanes.table))}
-    assert set(attention) == expected
-    assert len({id(backend) for backend in attention.values()}) == len(expected)
+    assert set(kernels) == expected
+    assert len({id(lane.attention) for lane in kernels.values()}) == len(expected)
 
 
 def test_a_pool_that_does_not_fit_names_the_flags(start):
@@ -126,13 +126,29 @@ def test_without_a_size_the_pool_takes_its_share_of_free_memory(start, monkeypat
     assert room - 4 < executor.num_slots <= room
 
 
+@pytest.mark.parametrize(
+    ("flags", "step_tokens"),
+    [
+        ({"enable_pdmux": True, "pd_multiplex_policy": "chunked:96"}, 96),
+        ({"enable_mixed_chunk": True}, 2048),
+        ({"enable_mixed_chunk": True, "chunked_prefill_size": 64}, 64),
+        ({"enable_mixed_chunk": True, "chunked_prefill_size": 64, "max_prefill_tokens": 40}, 40),
+    ],
+)
+def test_chunked_steps_make_no_partitions(start, flags, step_tokens):
+    executor = start(**flags, disable_overlap_schedule=True)
+    table = executor.lanes.table
+    assert not table.splits
+    assert executor.dispatcher == Chunked(table, step_tokens, decode_depth=1)
+
+
 @needs_two_cores
 def test_multiplexing_divides_the_cores():
     pdmux = PdmuxConfig()
     lanes = make_lanes(CPU, pdmux)
     try:
         assert 1 <= len(lanes.table.splits) <= pdmux.sm_group_num - 2
-        dispatcher = make_dispatcher(lanes, pdmux, depth=2)
+        dispatcher = make_dispatcher(lanes, pdmux, depth=2, chunk_tokens=64)
         assert isinstance(dispatcher, SplitByBatchSize)
         assert len(dispatcher.thresholds) == len(lanes.table.splits)
         assert dispatcher.thresholds[0] == 1
@@ -169,7 +185,9 @@ def granting(splits: dict[int, int], total: int = 132) -> SimpleNamespace:
 def test_thresholds_of_divisions_go_with_the_share_that_was_granted():
     rows = (Division(112, 20, 2), Division(92, 40, 8), Division(60, 72, 20))
     pdmux = PdmuxConfig(sm_group_num=5, manual_divisions=rows, split_forward_token_budget=777)
-    dispatcher = make_dispatcher(granting({20: 24, 40: 40, 72: 72}), pdmux, depth=1)
+    dispatcher = make_dispatcher(
+        granting({20: 24, 40: 40, 72: 72}), pdmux, depth=1, chunk_tokens=64
+    )
     assert dispatcher.thresholds == (2, 8, 20)
     assert dispatcher.layer_token_budget == 777
     assert dispatcher.decode_depth == 1
@@ -178,13 +196,17 @@ def test_thresholds_of_divisions_go_with_the_share_that_was_granted():
 def test_divisions_rounded_to_one_share_keep_the_smallest_threshold():
     rows = (Division(112, 20, 2), Division(110, 22, 8), Division(60, 72, 20))
     pdmux = PdmuxConfig(sm_group_num=5, manual_divisions=rows)
-    dispatcher = make_dispatcher(granting({20: 24, 22: 24, 72: 72}), pdmux, depth=2)
+    dispatcher = make_dispatcher(
+        granting({20: 24, 22: 24, 72: 72}), pdmux, depth=2, chunk_tokens=64
+    )
     assert dispatcher.thresholds == (2, 20)
 
 
 def test_without_divisions_thresholds_are_even():
     pdmux = PdmuxConfig(sm_group_num=5, decode_bs_divisor=30)
-    dispatcher = make_dispatcher(granting({24: 24, 48: 48, 72: 72}), pdmux, depth=2)
+    dispatcher = make_dispatcher(
+        granting({24: 24, 48: 48, 72: 72}), pdmux, depth=2, chunk_tokens=64
+    )
     assert dispatcher.thresholds == (1, 20, 30)
 
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from drift_scheduler.dispatcher import (
     MAX_SLICES_IN_FLIGHT,
+    Chunked,
     LoadView,
+    Plan,
     PrefillView,
     SplitByBatchSize,
     TakeTurns,
@@ -35,8 +37,9 @@ def view(
     decode_in_flight: int = 0,
     prefill: PrefillView | None = None,
     decode_step_s: float | None = None,
+    waiting: int = 0,
 ) -> LoadView:
-    return LoadView(0, running, decode_in_flight, prefill, decode_step_s)
+    return LoadView(waiting, running, decode_in_flight, prefill, decode_step_s)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,60 @@ def test_without_multiplexing_a_prefill_goes_first_and_whole():
     assert plan.partition == TABLE.whole
     assert plan.prefill_layers == 30
     assert not plan.decode
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "decode", "fused_tokens"),
+    [
+        (0, 0, False, 0),
+        (5, 0, True, 0),  # plain decode
+        (0, 1, True, 64),  # a chunk and nothing else
+        (5, 1, True, 59),
+        (63, 9, True, 1),
+        (64, 9, True, 0),  # no room for prompts
+        (90, 9, True, 0),
+    ],
+)
+def test_chunked_fills_a_step_up_to_its_size(running, waiting, decode, fused_tokens):
+    dispatcher = Chunked(TABLE, step_tokens=64)
+    load = view(running=running, waiting=waiting)
+    assert not dispatcher.admits(load, 0.0)
+    plan = dispatcher.dispatch(load, 0.0)
+    assert plan == Plan(TABLE.whole, decode=decode, fused_tokens=fused_tokens)
+
+
+@pytest.mark.parametrize("running", [0, 5])
+def test_chunked_steps_run_ahead_by_their_depth(running):
+    dispatcher = Chunked(TABLE, step_tokens=64, decode_depth=3)
+    for in_flight, decode in [(2, True), (3, False)]:
+        load = view(running=running, waiting=2, decode_in_flight=in_flight)
+        assert dispatcher.dispatch(load, 0.0).decode == decode
+
+
+def test_a_step_of_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="step_tokens=0"):
+        Chunked(TABLE, step_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"partition": TABLE.whole, "fused_tokens": 4},
+        {"partition": TABLE[1], "decode": True, "fused_tokens": 4},
+        {"partition": TABLE.whole, "decode": True, "prefill_layers": 1, "fused_tokens": 4},
+        {"partition": TABLE.whole, "decode": True, "fused_tokens": -1},
+    ],
+    ids=["no step", "split", "beside layers", "negative"],
+)
+def test_prompts_ride_only_in_a_step_alone_on_the_whole_device(fields):
+    with pytest.raises(ValueError, match="fused"):
+        Plan(**fields)
+
+
+def test_nothing_rides_without_prompts_or_beside_a_prefill_batch():
+    assert view(waiting=1).can_fuse
+    assert not view(running=3).can_fuse
+    assert not view(waiting=1, prefill=prefill()).can_fuse
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from drift_scheduler.dispatcher import LoadView, Plan, SplitByBatchSize, TakeTurns
+from drift_scheduler.dispatcher import Chunked, LoadView, Plan, SplitByBatchSize, TakeTurns
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import TimedWork, VirtualClock, VirtualLanes
@@ -17,6 +17,7 @@ from drift_scheduler.timeline import Timeline
 LAYERS = 8
 LAYER_S = 1.0
 STEP_S = 2.5
+TOKEN_S = 0.5
 TABLE = PartitionTable(4, (Partition(1, 3, 1), Partition(2, 2, 2)))
 
 
@@ -40,19 +41,34 @@ class Prefill:
 class Step:
     members: list[str]
     log: list[tuple]
+    rides: dict[str, int] = field(default_factory=dict)  # prompt tokens
 
     @property
     def requests(self) -> int:
-        return len(self.members)
+        return len(self.members) + len(self.rides)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.members) + self.fused_tokens
+
+    @property
+    def fused_tokens(self) -> int:
+        return sum(self.rides.values())
 
     def step_work(self, lane):
-        self.log.append(("step", "+".join(self.members), lane.partition.index))
-        return TimedWork(STEP_S)
+        self.log.append(("step", self.name, lane.partition.index))
+        return TimedWork(STEP_S + TOKEN_S * self.fused_tokens)
+
+    @property
+    def name(self) -> str:
+        """Like "a+b+c:4": a and b decode, four tokens of c ride along."""
+        return "+".join([*self.members, *(f"{name}:{n}" for name, n in self.rides.items())])
 
 
 @dataclass
 class Engine:
-    """Prefills one request at a time, then decodes all that have steps left to launch."""
+    """Prefills one request at a time, then decodes all that have steps left to launch. A prompt
+    that began in a fused step goes on as a prefill batch of what is left of it."""
 
     num_layers: int = LAYERS
     queue: list[Prefill] = field(default_factory=list)
@@ -69,6 +85,10 @@ class Engine:
         return len(self.queue)
 
     @property
+    def waiting_tokens(self) -> int:
+        return sum(job.tokens for job in self.queue)
+
+    @property
     def running(self) -> int:
         return sum(steps > 0 for steps in self.left.values())
 
@@ -80,22 +100,30 @@ class Engine:
         if not job.cancelled:
             self.left[job.name] = job.steps
 
-    def begin_decode(self, steps_in_flight):
+    def begin_decode(self, steps_in_flight, fused_tokens):
         members = [name for name, steps in self.left.items() if steps > 0]
         for name in members:
             self.left[name] -= 1
-        return Step(members, self.log) if self.memory and members else None
+        step = Step(members, self.log)
+        if self.queue and fused_tokens:
+            prompt = self.queue[0]
+            step.rides[prompt.name] = min(fused_tokens, prompt.tokens)
+            prompt.tokens -= step.fused_tokens
+            if prompt.tokens == 0:
+                self.queue.remove(prompt)
+                self.left[prompt.name] = prompt.steps
+        return step if self.memory and step.requests else None
 
     def finish_decode(self, job):
-        self.log.append(("settled", "+".join(job.members)))
+        self.log.append(("settled", job.name))
 
 
 class Bench:
     """A gang over the engine above; the clock moves from one completion to the next."""
 
-    def __init__(self, dispatcher=None) -> None:
+    def __init__(self, dispatcher=None, clock: VirtualClock | None = None) -> None:
         self.engine = Engine()
-        self.clock = VirtualClock()
+        self.clock = clock or VirtualClock()
         self.lanes = VirtualLanes(TABLE, self.clock)
         self.timeline = Timeline()
         self.gang = Gang(
@@ -229,13 +257,15 @@ def test_a_finished_prefill_joins_the_next_step():
 
 
 class Scripted:
-    """Gives the plans it is told to, in turn; nothing once they run out."""
+    """Gives the plans it is told to, in turn; nothing once they run out. Prefill batches are
+    admitted as `admit` says, and whenever asked after that."""
 
-    def __init__(self, *plans: Plan) -> None:
+    def __init__(self, *plans: Plan, admit: tuple[bool, ...] = ()) -> None:
         self.plans = list(plans)
+        self.admit = list(admit)
 
     def admits(self, view: LoadView, now_s: float) -> bool:
-        return True
+        return self.admit.pop(0) if self.admit else True
 
     def dispatch(self, view: LoadView, now_s: float) -> Plan:
         return self.plans.pop(0) if self.plans else Plan(TABLE.whole)
@@ -367,6 +397,153 @@ def test_taking_turns_prefills_first_then_decodes():
     ]
     assert bench.timeline.both_busy_s == 0
     assert {run.partition.index for phase in Phase for run in bench.timeline.runs(phase)} == {0}
+
+
+def test_a_prompt_rides_in_the_steps_of_others_and_steps_stay_two_ahead():
+    bench = Bench(Chunked(TABLE, step_tokens=5))
+    bench.engine.left["a"] = 6
+    bench.engine.ask("b", steps=2)  # of 10 tokens
+    bench.finish()
+    assert bench.log == [
+        ("step", "a+b:4", 0),
+        ("step", "a+b:4", 0),  # goes on before the host has seen the first part end
+        ("settled", "a+b:4"),
+        ("step", "a+b:2", 0),
+        ("settled", "a+b:4"),
+        ("step", "a+b", 0),  # decodes before the host has seen its first token
+        ("settled", "a+b:2"),
+        ("step", "a+b", 0),
+        ("settled", "a+b"),
+        ("step", "a", 0),
+        ("settled", "a+b"),
+        ("settled", "a"),
+    ]
+    runs = bench.timeline.runs(Phase.DECODE)
+    assert [(run.requests, run.tokens, run.fused_tokens) for run in runs] == [
+        (2, 5, 4),
+        (2, 5, 4),
+        (2, 3, 2),
+        (2, 2, 0),
+        (2, 2, 0),
+        (1, 1, 0),
+    ]
+    assert not bench.timeline.runs(Phase.PREFILL)
+    assert bench.timeline.fused_busy_s == 3 * STEP_S + 10 * TOKEN_S
+    assert bench.timeline.busy_s(Phase.DECODE) == 6 * STEP_S + 10 * TOKEN_S
+
+
+def test_with_nothing_decoding_a_step_is_just_a_chunk():
+    bench = Bench(Chunked(TABLE, step_tokens=8))
+    bench.engine.ask("a", steps=1)
+    bench.finish()
+    steps = [event[1] for event in bench.log if event[0] == "step"]
+    assert steps == ["a:8", "a:2", "a"]
+
+
+def test_fused_steps_and_slices_run_one_behind_the_other():
+    """The prompt begins in a fused step, goes on in a prefill batch; the next one rides again."""
+    bench = Bench(
+        Scripted(
+            Plan(TABLE.whole, decode=True, fused_tokens=4),  # 0..4.5 s
+            Plan(TABLE[1], prefill_layers=LAYERS, decode=True),  # 4.5..12.5 s, step 4.5..7 s
+            Plan(TABLE.whole, decode=True, fused_tokens=4),
+            admit=(False, True, False),
+        )
+    )
+    launches = record_launches(bench.lanes)
+    bench.engine.left["a"] = 9
+    bench.engine.ask("b", steps=1)
+    bench.engine.ask("c", steps=1)
+    bench.gang.turn()
+    bench.gang.turn()
+    bench.clock.advance_to(12.5)
+    bench.gang.turn()
+    assert bench.log == [
+        ("step", "a+b:4", 0),
+        ("step", "a", 1),
+        ("slice", "b", 1, 0, LAYERS),
+        ("settled", "a+b:4"),
+        ("settled", "a"),
+        ("joined", "b"),
+        ("step", "a+b+c:4", 0),
+    ]
+    assert launches == [
+        (Phase.DECODE, []),
+        (Phase.DECODE, [0]),
+        (Phase.PREFILL, [0]),
+        (Phase.DECODE, [1, 2]),
+    ]
+    [run] = bench.timeline.runs(Phase.PREFILL)
+    assert (run.span.start_s, run.tokens) == (4.5, 6)
+
+
+def test_nothing_rides_beside_a_prefill_batch():
+    bench = Bench(
+        Scripted(
+            Plan(TABLE.whole, prefill_layers=1),
+            Plan(TABLE.whole, decode=True, fused_tokens=4),
+        )
+    )
+    bench.engine.left["a"] = 9
+    bench.engine.ask("b", steps=1)
+    bench.engine.ask("c", steps=1)
+    bench.gang.turn()
+    bench.gang.turn()
+    assert bench.log == [("slice", "b", 0, 0, 1), ("step", "a", 0)]
+
+
+class RestlessClock(VirtualClock):
+    """Every look finds the next of the times `ahead`; then time stands still."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self.ahead: list[float] = []
+
+    @property
+    def now_s(self) -> float:
+        if self.ahead:
+            self._now_s = self.ahead.pop(0)
+        return self._now_s
+
+    @now_s.setter
+    def now_s(self, now_s: float) -> None:
+        self._now_s = now_s
+
+
+@pytest.mark.parametrize("looks", [(4.0, 13.0), (4.0, 5.0, 13.0), (4.0, 4.0, 4.0, 13.0), (13.0,)])
+def test_a_batch_is_finished_after_the_fused_step_that_it_follows(looks):
+    """Also if both end between two looks of the same turn: the step at 4.5 s, the batch at 12.5."""
+    bench = Bench(
+        Scripted(
+            Plan(TABLE.whole, decode=True, fused_tokens=4),
+            Plan(TABLE[1], prefill_layers=LAYERS),
+            admit=(False, True),
+        ),
+        clock=RestlessClock(),
+    )
+    bench.engine.ask("a", steps=1)
+    bench.gang.turn()
+    bench.gang.turn()
+    bench.clock.ahead += looks
+    for _ in range(5):
+        bench.gang.turn()
+    assert bench.log[2:] == [("settled", "a:4"), ("joined", "a")]
+
+
+def test_the_time_of_a_step_is_that_of_one_without_prompts():
+    class Watch(Chunked):
+        def dispatch(self, view: LoadView, now_s: float) -> Plan:
+            seen.append(view)
+            return super().dispatch(view, now_s)
+
+    seen: list[LoadView] = []
+    bench = Bench(Watch(TABLE, step_tokens=5))
+    bench.engine.left["a"] = 9
+    bench.engine.ask("b", steps=1)
+    bench.finish()
+    assert seen[0].waiting_tokens == 10
+    assert seen[-1].waiting_tokens == 0
+    assert {view.decode_step_s for view in seen} == {None, STEP_S}
 
 
 def record_launches(lanes: VirtualLanes) -> list[tuple[Phase, list[int]]]:

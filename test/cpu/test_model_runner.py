@@ -8,12 +8,13 @@ import select
 import time
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from drift_scheduler.dispatcher import SplitByBatchSize, TakeTurns
+from drift_scheduler.dispatcher import Chunked, SplitByBatchSize, TakeTurns
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_cpu import CpuLanes
@@ -21,8 +22,10 @@ from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.timeline import Timeline
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
+from sglang.srt.layers.matmul.base import TorchMatmul
+from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.managers.serving_engine import EngineLimits, ServingEngine
+from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
@@ -31,8 +34,8 @@ from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import GenerateRequest
 from sglang.srt.model_config import ModelConfig, resolve_model_source
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
-from sglang.srt.model_executor.host_batch import HostBatch, SampleRow, upload, upload_outside
-from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.host_batch import HostBatch, SampleRow, upload, upload_table_update
+from sglang.srt.model_executor.model_runner import LaneKernels, ModelRunner
 from sglang.srt.model_loader import load_model
 from sglang.srt.sampling_params import SamplingParams
 
@@ -68,16 +71,17 @@ def runner(model_dir, lanes):
     )
     pool.keys.fill_(float("nan"))
     pool.values.fill_(float("nan"))
-    attention = {
-        (phase, index): TorchNativeAttention(pool, config)
+    kernels = {
+        (phase, index): LaneKernels(TorchNativeAttention(pool, config), TorchMatmul())
         for phase in Phase
         for index in range(len(lanes.table))
     }
     return ModelRunner(
         load_model(source, config, "cpu"),
+        pool,
+        kernels,
         device=torch.device("cpu"),
         num_rows=NUM_ROWS,
-        attention=attention,
     )
 
 
@@ -107,9 +111,10 @@ class Sequences:
     def batch(
         self, new: dict[int, list[int] | int], sampling: SamplingParams = GREEDY
     ) -> HostBatch:
-        """new: row -> prompt tokens, or the number 1 for a decode step."""
-        is_decode = all(tokens == 1 for tokens in new.values())
-        new_lens = [1 if is_decode else len(tokens) for tokens in new.values()]
+        """new: row -> prompt tokens, or the number 1 for a decode step, which must come first."""
+        prompts = [tokens for tokens in new.values() if tokens != 1]
+        decode_reqs = len(new) - len(prompts)
+        new_lens = [1] * decode_reqs + [len(tokens) for tokens in prompts]
         positions, token_slots, table_index = [], [], []
         for row, count in zip(new, new_lens, strict=True):
             slots = self.slots.setdefault(row, [])
@@ -121,8 +126,8 @@ class Sequences:
         rows = list(new)
         seq_lens = [len(self.slots[row]) for row in rows]
         return HostBatch(
-            decode_reqs=len(new) if is_decode else 0,
-            input_ids=_i64([] if is_decode else itertools.chain.from_iterable(new.values())),
+            decode_reqs=decode_reqs,
+            input_ids=_i64(itertools.chain.from_iterable(prompts)),
             positions=_i64(positions),
             token_slots=_i64(token_slots),
             rows=_i64(rows),
@@ -204,6 +209,47 @@ def test_a_chunked_prompt_gives_the_same_token(runner, lanes, greedy):
     assert tokens == greedy(prompt, 1)
 
 
+def test_a_step_in_which_a_prompt_rides_equals_the_two_apart(runner, lanes, greedy, monkeypatch):
+    prompts = {1: prompt_of(9), 2: prompt_of(30, start=9), 3: prompt_of(21, start=50)}
+    lane = lanes.lane(Phase.DECODE, lanes.table.whole)
+    sequences = Sequences()
+    logits: list[torch.Tensor] = []
+    compute = runner.model.logits
+
+    def recorded(state, tokens):
+        logits.append(compute(state, tokens))
+        return logits[-1]
+
+    monkeypatch.setattr(runner.model, "logits", recorded)
+
+    def launch(new):
+        run = runner.start(sequences.batch(new))
+        return run, lane.launch(run.slice_work(lane, 0, LAYERS))
+
+    apart = [
+        launch({1: prompts[1], 2: prompts[2]}),
+        launch({1: 1, 2: 1}),
+        launch({3: prompts[3][:13]}),
+        launch({1: 1, 2: 1}),
+        launch({3: prompts[3][13:]}),
+        launch({1: 1, 2: 1, 3: 1}),
+    ]
+    together = [  # the same three as rows 4, 5 and 6
+        launch({4: prompts[1], 5: prompts[2]}),
+        launch({4: 1, 5: 1, 6: prompts[3][:13]}),
+        launch({4: 1, 5: 1, 6: prompts[3][13:]}),
+        launch({4: 1, 5: 1, 6: 1}),
+    ]
+    for _, ticket in apart + together:
+        ticket.wait(LIMIT_S)
+    tokens = [run.tokens() for run, _ in together]
+    for column, prompt in enumerate((prompts[1], prompts[2])):
+        assert [row[column] for row in tokens] == greedy(prompt, 4)
+    assert [row[2] for row in tokens[2:]] == greedy(prompts[3], 2)
+    of_apart, of_together = torch.cat(logits[: len(apart)]), torch.cat(logits[len(apart) :])
+    torch.testing.assert_close(of_together, of_apart, atol=1e-5, rtol=1e-5)
+
+
 def test_a_batch_without_samples_gives_no_tokens(runner, lanes):
     batch = replace(
         Sequences().batch({1: prompt_of(6)}),
@@ -246,15 +292,19 @@ def test_upload_keeps_every_field_apart():
         assert got.dtype == dtype
         assert got.tolist() == list(expected)
     assert (forward.new_lens_host, forward.seq_lens_host) == ([3, 4], [3, 4])
-    outside = upload_outside(batch, torch.device("cpu"))
-    assert torch.equal(outside.table_index, device.table_index)
-    assert torch.equal(outside.table_slots, device.table_slots)
-    for got, expected in zip(outside.samples, device.samples, strict=True):
-        assert torch.equal(got, expected)
+    table_index, table_slots = upload_table_update(batch, torch.device("cpu"))
+    assert torch.equal(table_index, device.table_index)
+    assert torch.equal(table_slots, device.table_slots)
 
 
 def serve(
-    runner, lanes, requests, *, split: bool, pool_tokens: int = NUM_SLOTS - 1, random_seed: int = 1
+    runner,
+    lanes,
+    requests,
+    *,
+    policy: str = "turns",
+    pool_tokens: int = NUM_SLOTS - 1,
+    random_seed: int = 1,
 ):
     """Runs requests {rid: (prompt, sampling)} through engine and gang: rid -> (ids, cached)."""
     allocator = SlotAllocator(pool_tokens + 1, 1)
@@ -268,7 +318,11 @@ def serve(
         outbox=outbox,
         random_seed=random_seed,
     )
-    dispatcher = SplitByBatchSize(lanes.table, (1,)) if split else TakeTurns(lanes.table)
+    dispatcher = {
+        "turns": lambda: TakeTurns(lanes.table),
+        "chunked": lambda: Chunked(lanes.table, step_tokens=10),
+        "split": lambda: SplitByBatchSize(lanes.table, (1,)),
+    }[policy]()
     timeline = Timeline()
     gang = Gang(engine, lanes, dispatcher, timeline, time.monotonic)
     for i, (rid, (prompt, sampling)) in enumerate(requests.items()):
@@ -290,15 +344,16 @@ def serve(
 
 
 @pytest.mark.parametrize(
-    "split",
+    "policy",
     [
-        False,
+        "turns",
+        "chunked",
         pytest.param(
-            True, marks=pytest.mark.skipif(not has_two_cores, reason="needs two cores to split")
+            "split", marks=pytest.mark.skipif(not has_two_cores, reason="needs two cores to split")
         ),
     ],
 )
-def test_the_whole_engine_on_cpu_lanes_gives_greedy_answers(runner, lanes, greedy, split):
+def test_the_whole_engine_on_cpu_lanes_gives_greedy_answers(runner, lanes, greedy, policy):
     # The first two are one batch and grow at the same pace to more than the pool holds.
     lengths = [(12, 30), (11, 30), (26, 4), (8, 1), (30, 6)]
     shared = prompt_of(40)
@@ -306,11 +361,12 @@ def test_the_whole_engine_on_cpu_lanes_gives_greedy_answers(runner, lanes, greed
         f"r{i}": ([*shared[: tokens - 3], 100 + i, 1, 2], replaced(max_new_tokens=count))
         for i, (tokens, count) in enumerate(lengths)
     }
-    answers, engine, timeline = serve(runner, lanes, requests, split=split, pool_tokens=56)
+    answers, engine, timeline = serve(runner, lanes, requests, policy=policy, pool_tokens=56)
     for rid, (prompt, sampling) in requests.items():
         assert answers[rid][0] == greedy(prompt, sampling.max_new_tokens), rid
     assert engine.retractions > 0
-    assert timeline.busy_s(Phase.PREFILL) > 0
+    assert (timeline.busy_s(Phase.PREFILL) > 0) == (policy != "chunked")
+    assert (timeline.fused_busy_s > 0) == (policy == "chunked")
     assert timeline.busy_s(Phase.DECODE) > 0
 
 
@@ -318,7 +374,8 @@ def replaced(**fields) -> SamplingParams:
     return SamplingParams(**{"temperature": 0.0, **fields})
 
 
-def test_random_answers_do_not_depend_on_their_neighbours(runner, lanes):
+@pytest.mark.parametrize("policy", ["turns", "chunked"])
+def test_random_answers_do_not_depend_on_their_neighbours(runner, lanes, policy):
     """Sampling tensors are kept from step to step: joining and leaving requests must renew them."""
     requests = {
         "greedy": (prompt_of(5), replaced(max_new_tokens=9)),
@@ -335,9 +392,9 @@ def test_random_answers_do_not_depend_on_their_neighbours(runner, lanes):
             replaced(temperature=1.0, sampling_seed=7, max_new_tokens=12),
         ),
     }
-    together, _, _ = serve(runner, lanes, requests, split=False)
+    together, _, _ = serve(runner, lanes, requests, policy=policy)
     for rid, request in requests.items():
-        alone, _, _ = serve(runner, lanes, {rid: request}, split=False)
+        alone, _, _ = serve(runner, lanes, {rid: request})
         assert together[rid][0] == alone[rid][0], rid
     assert together["random"][0] != together["other seed"][0]
 
@@ -345,10 +402,10 @@ def test_random_answers_do_not_depend_on_their_neighbours(runner, lanes):
 def test_requests_with_equal_parameters_keep_seeds_of_their_own(runner, lanes):
     prompt, wish = prompt_of(6), replaced(temperature=1.0, max_new_tokens=12)
     seed = int(np.random.default_rng(2).integers(2**62))
-    serve(runner, lanes, {"first": (prompt, wish)}, split=False, random_seed=1)
-    second, _, _ = serve(runner, lanes, {"r": (prompt, wish)}, split=False, random_seed=2)
+    serve(runner, lanes, {"first": (prompt, wish)}, random_seed=1)
+    second, _, _ = serve(runner, lanes, {"r": (prompt, wish)}, random_seed=2)
     explicit = replaced(temperature=1.0, max_new_tokens=12, sampling_seed=seed)
-    expected, _, _ = serve(runner, lanes, {"r": (prompt, explicit)}, split=False)
+    expected, _, _ = serve(runner, lanes, {"r": (prompt, explicit)})
     assert second["r"][0] == expected["r"][0]
 
 
@@ -357,10 +414,10 @@ def test_min_new_tokens_withholds_stop_ids(runner, lanes, greedy):
     free = greedy(prompt, 6)
     stop = free[1]
     sampling = replaced(max_new_tokens=6, stop_token_ids=[stop])
-    stopped = serve(runner, lanes, {"r": (prompt, sampling)}, split=False)[0]["r"][0]
+    stopped = serve(runner, lanes, {"r": (prompt, sampling)})[0]["r"][0]
     assert stopped == free[: free.index(stop) + 1]
     sampling = replaced(max_new_tokens=6, min_new_tokens=4, stop_token_ids=[stop])
-    longer = serve(runner, lanes, {"r": (prompt, sampling)}, split=False)[0]["r"][0]
+    longer = serve(runner, lanes, {"r": (prompt, sampling)})[0]["r"][0]
     assert len(longer) >= 4
     assert stop not in longer[:4]
 
@@ -444,7 +501,7 @@ def scratch_slot(fake, batch):
 
 
 def wrong_sample_position(fake, batch):
-    return replace(batch, samples=(replace(batch.samples[0], position=9),))
+    return replace(batch, samples=(msgspec.structs.replace(batch.samples[0], position=9),))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,10 @@ def test_logits_of_chosen_tokens_only(tiny_model_dir, paged_runner):
     state = model.embed(torch.tensor(random_ids(6)))
     everything = model.logits(state, torch.arange(6))
     assert everything.shape == (6, 133)
+    assert torch.equal(model.logits(state, None), everything)
+    buffer = torch.empty(6, 133)
+    assert model.logits(state, None, out=buffer) is buffer
+    assert torch.equal(buffer, everything)
     torch.testing.assert_close(model.logits(state, torch.tensor([4, 1])), everything[[4, 1]])
 
 

@@ -13,9 +13,10 @@ from drift_scheduler.gang import Gang
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.timeline import Timeline
+from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.managers.serving_engine import EngineLimits, ServingEngine
+from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator

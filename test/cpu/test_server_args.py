@@ -14,6 +14,7 @@ import sglang
 from sglang.launch_server import main
 from sglang.srt.errors import ConfigError
 from sglang.srt.flags import json_object, token_count
+from sglang.srt.multiplex_policy import ChunkedSteps
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import FLAGS, ServerArgs, make_parser, resolve_device
 from sglang.srt.upstream_flags import UNSUPPORTED_FLAGS
@@ -43,7 +44,7 @@ def test_defaults_are_those_of_sglang():
     assert (args.max_prefill_tokens, args.schedule_policy) == (16384, "fcfs")
     assert (args.watchdog_timeout, args.decode_log_interval) == (300.0, 40)
     assert (args.page_size, args.device, args.enable_pdmux) == (1, "auto", False)
-    assert args.pdmux() is None
+    assert args.policy() is None
 
 
 def test_names_fall_back_to_the_model():
@@ -69,6 +70,7 @@ def test_names_fall_back_to_the_model():
         (["--json-model-override-args", '{"a": [1]}'], "json_model_override_args", {"a": [1]}),
         (["--mem-fraction-static", "0.8"], "mem_fraction_static", 0.8),
         (["--disable-overlap-schedule"], "disable_overlap_schedule", True),
+        (["--enable-mixed-chunk"], "enable_mixed_chunk", True),
     ],
 )
 def test_values_reach_their_field(argv, field, value):
@@ -136,6 +138,11 @@ def test_what_cannot_be_parsed_is_named(argv, message):
         (["--sm-group-num", "8"], "--sm-group-num has no effect without --enable-pdmux"),
         (["--pdmux-config-path", "x"], "--pdmux-config-path has no effect"),
         (["--enable-pdmux", "--sm-group-num", "2"], "--sm-group-num: sm_group_num must be at"),
+        (["--pd-multiplex-policy", "table"], "--pd-multiplex-policy has no effect without"),
+        (
+            ["--enable-mixed-chunk", "--chunked-prefill-size", "-1"],
+            "--enable-mixed-chunk cuts prompts, --chunked-prefill-size -1 never does",
+        ),
         (["--device", "cpu", "--attention-backend", "triton"], "--attention-backend triton needs"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "--chat-template has no effect"),
     ],
@@ -310,16 +317,70 @@ def test_absent_devices_are_named(monkeypatch, argv, gpus, message):
 
 
 def test_pdmux_defaults_without_a_file():
-    assert parse("--enable-pdmux").pdmux() == PdmuxConfig(
+    assert parse("--enable-pdmux").policy() == PdmuxConfig(
         sm_group_num=8, manual_divisions=(), split_forward_token_budget=65536, decode_bs_divisor=36
     )
+
+
+CHUNKED = ("--enable-pdmux", "--pd-multiplex-policy", "chunked:512")
+
+
+@pytest.mark.parametrize(
+    ("argv", "policy"),
+    [
+        ((), None),
+        (("--enable-pdmux", "--pd-multiplex-policy", "table"), PdmuxConfig()),
+        (CHUNKED, ChunkedSteps(512)),
+        (("--enable-pdmux", "--pd-multiplex-policy=chunked:2K"), ChunkedSteps(2048)),
+        ((*CHUNKED, "--chunked-prefill-size", "512"), ChunkedSteps(512)),
+        ((*CHUNKED, "--enable-mixed-chunk"), ChunkedSteps(512)),
+        (("--enable-mixed-chunk",), ChunkedSteps()),
+        (("--enable-mixed-chunk", "--chunked-prefill-size", "512"), ChunkedSteps()),
+        (("--enable-mixed-chunk", "--enable-pdmux"), ChunkedSteps()),
+    ],
+)
+def test_policies(argv, policy):
+    assert parse(*argv).policy() == policy
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["", "chunked", "chunked:", "chunked:0", "chunked:-1", "chunked:x", "split", "table:1"],
+)
+def test_unknown_policies_are_named(policy):
+    with pytest.raises(
+        ConfigError, match=f"^--pd-multiplex-policy expected table or chunked:N .* got '{policy}'$"
+    ):
+        parse("--enable-pdmux", "--pd-multiplex-policy", policy)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--chunked-prefill-size", "-1"], "--chunked-prefill-size -1 contradicts --pd-mul"),
+        (["--chunked-prefill-size", "64"], "--chunked-prefill-size 64 contradicts --pd-mul"),
+        (["--max-prefill-tokens", "511"], "--max-prefill-tokens 511 is less than the 512 tokens"),
+        (["--sm-group-num", "8"], "--sm-group-num has no effect where prompts ride"),
+        (["--pdmux-config-path", "x"], "--pdmux-config-path has no effect where prompts ride"),
+    ],
+)
+def test_what_contradicts_chunked_steps_is_named(argv, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        parse(*CHUNKED, *argv)
+
+
+def test_mixed_chunks_contradict_a_table():
+    with pytest.raises(ConfigError, match=r"^--enable-mixed-chunk contradicts --pd-.* table"):
+        parse("--enable-mixed-chunk", "--enable-pdmux", "--pd-multiplex-policy", "table")
+    with pytest.raises(ConfigError, match="--sm-group-num has no effect where prompts ride"):
+        parse("--enable-mixed-chunk", "--enable-pdmux", "--sm-group-num", "4")
 
 
 def test_pdmux_file(yaml_file):
     path = yaml_file(
         "sm_group_num: 4\nmanual_divisions: [[112, 20, 1], [80, 52, 16]]\ndecode_bs_divisor: 10\n"
     )
-    config = parse("--enable-pdmux", "--pdmux-config-path", path, "--sm-group-num", "4").pdmux()
+    config = parse("--enable-pdmux", "--pdmux-config-path", path, "--sm-group-num", "4").policy()
     assert config.manual_divisions == (Division(112, 20, 1), Division(80, 52, 16))
     assert config.manual_divisions[1].min_decode_reqs == 16
     assert (config.sm_group_num, config.decode_bs_divisor) == (4, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,14 +11,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from drift_scheduler.dispatcher import SplitByBatchSize, TakeTurns
+from drift_scheduler.dispatcher import (
+    Chunked,
+    Dispatcher,
+    LoadView,
+    Plan,
+    SplitByBatchSize,
+    TakeTurns,
+)
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.timeline import Timeline
+from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.managers.serving_engine import EngineLimits, ServingEngine
+from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
@@ -45,7 +54,8 @@ class Setup:
     context_length: int = 64
     prefill_tokens: int = 16
     chunked: bool = True
-    split: bool = True
+    mode: str = "split"
+    step_tokens: int = 16
     cache: bool = True
     policy: str = "fcfs"
     decode_depth: int = 2
@@ -61,6 +71,53 @@ class Setup:
     @property
     def room(self) -> int:
         return min(self.pool_tokens, self.context_length)
+
+
+class AnyMode:
+    """A mode at random at every turn; never an empty turn where something could be launched and
+    nothing is in flight."""
+
+    def __init__(self, seed: int, decode_depth: int) -> None:
+        self._random = random.Random(seed)
+        self._decode_depth = decode_depth
+
+    def admits(self, view: LoadView, now_s: float) -> bool:
+        return self._random.random() < 0.5
+
+    def dispatch(self, view: LoadView, now_s: float) -> Plan:
+        plans = self._plans(view)
+        in_flight = view.decode_in_flight + (view.prefill.slices_in_flight if view.prefill else 0)
+        if in_flight or not plans:
+            plans.append(Plan(TABLE.whole))
+        return self._random.choice(plans)
+
+    def _plans(self, view: LoadView) -> list[Plan]:
+        layers = view.prefill.layers_left if view.prefill else 0
+        layers = self._random.randint(1, layers) if layers else 0
+        split = self._random.choice(TABLE.splits)
+        tokens = self._random.choice([1, 3, 8, 30])
+        plans = [Plan(TABLE.whole, prefill_layers=layers)] if layers else []
+        if view.decode_in_flight < self._decode_depth:
+            if view.running:
+                plans.append(Plan(TABLE.whole, decode=True))
+                plans.append(Plan(split, decode=True, prefill_layers=layers))
+            if view.running or view.can_fuse:
+                plans.append(Plan(TABLE.whole, decode=True, fused_tokens=tokens))
+        return plans
+
+
+def dispatcher_of(setup: Setup) -> Dispatcher:
+    depth = setup.decode_depth
+    match setup.mode:
+        case "split":
+            return SplitByBatchSize(TABLE, (1, 3, 5), decode_depth=depth)
+        case "turns":
+            return TakeTurns(TABLE, decode_depth=depth)
+        case "chunked":
+            return Chunked(TABLE, setup.step_tokens, decode_depth=depth)
+        case "any":
+            return AnyMode(setup.step_tokens, depth)
+    raise ValueError(setup.mode)
 
 
 @dataclass
@@ -89,6 +146,8 @@ class Server:
             choose=choose_by_hash(VOCAB_SIZE),
         )
         self.outbox = Outbox(setup.stream_interval)
+        # Of each launch as it begins: (new, cached) tokens of its prompts, and who decodes.
+        self.begun: list[tuple[str, list]] = []
         self.engine = ServingEngine(
             self.runner,
             self.cache,
@@ -105,17 +164,17 @@ class Server:
             eos_token_ids=frozenset({EOS}),
             outbox=self.outbox,
             random_seed=1,
+            on_prefill=lambda fills: self.begun.append(
+                ("prefill", [(fill.tokens, fill.cached_tokens) for fill in fills])
+            ),
+            on_decode=lambda members: self.begun.append(
+                ("decode", [request.rid for request in members])
+            ),
         )
         self.clock = VirtualClock()
         self.lanes = VirtualLanes(TABLE, self.clock)
         self.timeline = Timeline()
-        depth = setup.decode_depth
-        dispatcher = (
-            SplitByBatchSize(TABLE, (1, 3, 5), decode_depth=depth)
-            if setup.split
-            else TakeTurns(TABLE, decode_depth=depth)
-        )
-        self.gang = Gang(self.engine, self.lanes, dispatcher, self.timeline, self.clock)
+        self.gang = Gang(self.engine, self.lanes, dispatcher_of(setup), self.timeline, self.clock)
         self.answers: dict[str, Answer] = {}
         self._arrivals = 0
 
@@ -264,7 +323,8 @@ def setups(draw: st.DrawFn) -> Setup:
         max_running=draw(st.integers(1, 6)),
         prefill_tokens=draw(st.sampled_from([16, 32, 64])),
         chunked=draw(st.booleans()),
-        split=draw(st.booleans()),
+        mode=draw(st.sampled_from(["split", "turns", "chunked", "chunked", "any", "any"])),
+        step_tokens=draw(st.integers(1, 40)),
         cache=draw(st.integers(0, 3)) > 0,
         policy=draw(st.sampled_from(["fcfs", "lpm"])),
         decode_depth=draw(st.integers(1, 3)),
@@ -275,7 +335,7 @@ def setups(draw: st.DrawFn) -> Setup:
 
 
 @settings(
-    max_examples=250,
+    max_examples=400,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -311,11 +371,17 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
     server.finish()
 
     for batch in server.runner.launched:
-        if not batch.is_decode:
-            requests, tokens = len(batch.rows), int(batch.new_lens.sum())
-            whole_prompt = not setup.chunked and requests == 1
-            assert tokens <= setup.prefill_tokens or whole_prompt
-            assert requests <= (setup.prefill_max_requests or requests)
+        prompts = len(batch.rows) - batch.decode_reqs
+        tokens = int(batch.new_lens[batch.decode_reqs :].sum())
+        assert prompts <= (setup.prefill_max_requests or prompts)
+        if setup.mode == "chunked":
+            assert batch.decode_reqs + tokens <= setup.step_tokens or not tokens
+        else:
+            fused = setup.mode == "any" and tokens <= 30
+            whole_prompt = not setup.chunked and prompts == 1
+            assert tokens <= setup.prefill_tokens or whole_prompt or fused
+    if setup.mode == "chunked":
+        assert not server.timeline.runs(Phase.PREFILL)
     assert len(server.answers) == len(traffic)
     for index, wish in enumerate(traffic):
         answer = server.answers[f"r{index:02d}"]
@@ -622,6 +688,155 @@ def test_a_prompt_is_only_shared_once_it_is_computed():
     server.finish()
     expected = answer_of(prompt, max_new_tokens=8, ignore_eos=True)
     assert server.answers["a"].ids == server.answers["b"].ids == expected
+
+
+@pytest.mark.parametrize("mode", ["turns", "chunked"])
+def test_a_request_that_did_not_fit_starts_once_others_share_its_prefix(mode):
+    server = Server(Setup(pool_pages=48, mode=mode, prefill_tokens=32, step_tokens=32))
+    prompt = prompt_of(20)
+    server.ask("first", prompt, max_new_tokens=20, ignore_eos=True)
+    server.turn()
+    server.ask("second", [*prompt, 3], max_new_tokens=1)
+    while server.answers.get("second", Answer()).finish is None:
+        if not server.turn():
+            server.clock.advance_to(server.lanes.next_completion_s())
+    assert server.answers["second"].cached_tokens == 20
+    assert server.answers["first"].finish is None
+    server.finish()
+
+
+# Prompts that ride in decode steps.
+
+
+def launches_of(server: Server) -> list[tuple[int, list[int]]]:
+    """Of each launch, how many requests decode and how many tokens each prompt brings."""
+    return [
+        (batch.decode_reqs, batch.new_lens[batch.decode_reqs :].tolist())
+        for batch in server.runner.launched
+    ]
+
+
+def test_chunks_and_first_steps_are_launched_before_the_host_has_seen_a_token():
+    server = Server(Setup(mode="chunked", step_tokens=16))
+    prompt = prompt_of(20)
+    server.ask("r", prompt, max_new_tokens=4, ignore_eos=True)
+    assert server.engine.waiting_tokens == 20
+    server.turn()
+    assert (server.engine.waiting, server.engine.waiting_tokens) == (1, 4)
+    server.turn()
+    assert (server.engine.waiting, server.engine.waiting_tokens) == (0, 0)
+    assert server.engine.running == 1
+    server.clock.advance_to(server.lanes.next_completion_s())
+    server.turn()
+    assert launches_of(server) == [(0, [16]), (0, [4]), (1, [])]
+    assert "r" not in server.answers
+    server.finish()
+    assert server.answers["r"].ids == answer_of(prompt, max_new_tokens=4, ignore_eos=True)
+
+
+def test_prompts_share_a_step_with_each_other_and_with_those_that_decode():
+    server = Server(Setup(mode="chunked", step_tokens=12))
+    prompts = {"a": prompt_of(5), "b": prompt_of(6, start=1), "c": prompt_of(9, start=2)}
+    for rid, prompt in prompts.items():
+        server.ask(rid, prompt, max_new_tokens=3, ignore_eos=True)
+    server.finish()
+    assert launches_of(server) == [
+        (0, [5, 6, 1]),
+        (2, [8]),
+        (3, []),
+        (1, []),
+    ]
+    for rid, prompt in prompts.items():
+        assert server.answers[rid].ids == answer_of(prompt, max_new_tokens=3, ignore_eos=True)
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1])
+def test_a_prompt_that_wants_no_step_rides_and_leaves(max_new_tokens):
+    server = Server(Setup(mode="chunked", step_tokens=16))
+    answer = server.answer("r", prompt_of(20), max_new_tokens=max_new_tokens)
+    assert len(answer.ids) == max_new_tokens
+    assert launches_of(server) == [(0, [16]), (0, [4])]
+    assert server.answer("next", prompt_of(20), max_new_tokens=1).cached_tokens == 19
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_prompt_may_change_between_steps_and_prefill_batches_at_every_chunk(chunked):
+    """Neither waits for the host: the next part is launched while the last one is in flight."""
+    server = Server(Setup(prefill_tokens=16, chunked=chunked))
+    lane = server.lanes.lane(Phase.DECODE, TABLE.whole)
+    prompt = prompt_of(40)
+    server.ask("r", prompt, max_new_tokens=5, ignore_eos=True)
+    step = server.engine.begin_decode(0, 3)
+    step.step_work(lane)
+    batch = server.engine.begin_prefill()
+    batch.slice_work(lane, 0, 4)
+    server.engine.finish_decode(step)
+    server.engine.finish_prefill(batch)
+    server.engine.check()
+    expected = [(0, [3]), (0, [16]) if chunked else (0, [37])]
+    assert launches_of(server) == expected
+    if chunked:
+        step = server.engine.begin_decode(0, 7)
+        step.step_work(lane)
+        server.engine.finish_decode(step)
+        assert launches_of(server)[-1] == (0, [7])
+    server.finish()
+    assert server.answers["r"].ids == answer_of(prompt, max_new_tokens=5, ignore_eos=True)
+
+
+def test_an_abort_between_two_parts_in_flight_keeps_what_is_computed():
+    """A fused step is in flight, and a prefill batch behind it that is never launched."""
+    server = Server(Setup())
+    lane = server.lanes.lane(Phase.DECODE, TABLE.whole)
+    server.ask("gone", prompt_of(40), max_new_tokens=5)
+    step = server.engine.begin_decode(0, 10)
+    step.step_work(lane)
+    batch = server.engine.begin_prefill()
+    server.engine.abort("gone")
+    assert batch.cancelled
+    server.engine.finish_prefill(batch)
+    server.engine.check()
+    assert not server.engine.idle
+    server.engine.finish_decode(step)
+    server.engine.check()
+    assert server.engine.idle
+    assert server.answer("again", prompt_of(40), max_new_tokens=1).cached_tokens == 10
+
+
+def test_a_first_token_that_ends_the_answer_leaves_a_step_behind():
+    server = Server(Setup(mode="chunked"))
+    prompt = prompt_of(8)
+    [stop] = answer_of(prompt, max_new_tokens=1, ignore_eos=True)
+    answer = server.answer("r", prompt, max_new_tokens=9, stop_token_ids=[stop])
+    assert answer.finish == FinishReason(type="stop", matched=stop)
+    assert answer.ids == [stop]
+    assert launches_of(server) == [(0, [8]), (1, [])]
+
+
+def test_retracted_requests_ride_again():
+    server = Server(Setup(mode="chunked", pool_pages=48, conservativeness=0.0))
+    prompts = {f"r{i}": prompt_of(10, start=i) for i in range(3)}
+    for rid, prompt in prompts.items():
+        server.ask(rid, prompt, max_new_tokens=25, ignore_eos=True)
+    server.finish()
+    assert server.engine.retractions > 0
+    for rid, prompt in prompts.items():
+        assert server.answers[rid].ids == answer_of(prompt, max_new_tokens=25, ignore_eos=True)
+
+
+def test_the_callbacks_see_prompts_and_running_requests_of_a_fused_step():
+    server = Server(Setup(mode="chunked", step_tokens=8))
+    server.answer("a", prompt_of(10), max_new_tokens=2, ignore_eos=True)
+    server.ask("b", [*prompt_of(10), 1, 1], max_new_tokens=2, ignore_eos=True)
+    server.ask("c", prompt_of(5, start=1), max_new_tokens=1)
+    server.finish()
+    assert server.begun == [
+        ("prefill", [(8, 0)]),
+        ("prefill", [(2, 0)]),
+        ("decode", ["a"]),
+        ("prefill", [(2, 10), (5, 0)]),
+        ("decode", ["b"]),
+    ]
 
 
 def test_prefill_and_decode_are_at_work_at_the_same_time():

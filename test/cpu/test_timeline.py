@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +61,15 @@ def test_recent_runs_are_kept_oldest_first_and_totals_count_all():
     assert timeline.runs(Phase.DECODE) == runs[-2:]
     assert timeline.runs(Phase.PREFILL) == []
     assert timeline.busy_s(Phase.DECODE) == 5
+
+
+def test_steps_in_which_prompts_rode_are_counted_apart():
+    timeline = Timeline()
+    timeline.add(run(Phase.DECODE, 0, 1))
+    timeline.add(replace(run(Phase.DECODE, 1, 4), tokens=9, fused_tokens=8))
+    timeline.add(run(Phase.DECODE, 4, 6))
+    assert timeline.fused_busy_s == 3
+    assert timeline.busy_s(Phase.DECODE) == 6
 
 
 def test_launches_are_counted_by_partition():

@@ -15,6 +15,7 @@ import pytest
 from benchmark.greedy import TIE, Answered, Ids, Reference, ask_all, twenty_prompts
 
 NEW_TOKENS = 64
+RIDING_NEW_TOKENS = 16
 REUSED_NEW_TOKENS = 24
 AT_ONCE = 8
 MAX_PROMPTS_WITH_TIES = 3
@@ -105,3 +106,21 @@ def test_beginnings_of_prompts_with_another_end(
     for answered, count in zip(answers, kept, strict=True):
         assert count <= answered.cached_tokens < len(answered.prompt)
     check(reference, answers)
+
+
+def test_prompts_that_ride_in_decode_steps(
+    launch: Callable[..., Any], smollm2: Path, reference: Reference, texts: list[str]
+) -> None:
+    """A server that never divides its device: short prompts, and two that take several steps."""
+    policy = ["--enable-pd-multiplex", "--pd-multiplex-policy=chunked:64"]
+    server = launch(
+        smollm2, *policy, "--dtype=float32", "--context-length=1024", "--max-total-tokens=8K"
+    ).ready()
+    answers = ask_all(
+        server.base_url, texts[:3] + texts[-2:], RIDING_NEW_TOKENS, at_once=AT_ONCE // 2
+    )
+    check(reference, answers)
+    lanes = server.client.state()["pd_multiplex"]
+    assert lanes["fused_busy_s"] > 0
+    assert lanes["prefill_busy_s"] == 0
+    assert not lanes["enabled"] and len(lanes["partitions"]) == 1

@@ -10,11 +10,12 @@ import torch
 
 from drift_scheduler.lane import Phase
 from sglang.srt.layers.attention.triton_backend import TritonAttention
+from sglang.srt.layers.matmul.base import TorchMatmul
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 from sglang.srt.model_executor.host_batch import HostBatch, SampleRow
-from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.model_runner import LaneKernels, ModelRunner
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.sampling_params import SamplingParams
@@ -64,15 +65,14 @@ def runner(lanes, device, tmp_path_factory):
     pool.keys.normal_()
     pool.values.normal_()
     keys = [(phase, i) for phase in Phase for i in range(len(lanes.table))]
-    runner = ModelRunner(
-        model,
-        device=device,
-        num_rows=MAX_REQS + 1,
-        attention={
-            key: TritonAttention(pool, config, lanes.lane(key[0], lanes.table[key[1]]).sms)
-            for key in keys
-        },
-    )
+    kernels = {
+        key: LaneKernels(
+            TritonAttention(pool, config, lanes.lane(key[0], lanes.table[key[1]]).sms),
+            TorchMatmul(),
+        )
+        for key in keys
+    }
+    runner = ModelRunner(model, pool, kernels, device=device, num_rows=MAX_REQS + 1)
     torch.cuda.synchronize(device)
     runner.graph_attention = TritonAttention(pool, config, lanes.table.total_sms)
     return runner
@@ -83,7 +83,16 @@ def graphs(runner, lanes):
     attention = runner.graph_attention
     sizes = [1, 4, MAX_REQS]
     attention.reserve(MAX_REQS, CONTEXT)
-    graphs = DecodeGraphs(runner.model, attention, runner.slot_table, runner.relay, sizes)
+    matmuls = {index: TorchMatmul() for index in range(len(lanes.table))}
+    graphs = DecodeGraphs(
+        runner.model,
+        runner.kv_pool,
+        attention,
+        matmuls,
+        runner.slot_table,
+        runner.relay,
+        sizes,
+    )
     decode = [lanes.lane(Phase.DECODE, lanes.table[i]) for i in range(len(lanes.table))]
     graphs.capture(decode)
     return graphs
@@ -120,7 +129,8 @@ def step(runner, lane, lengths):
     torch.cuda.synchronize()
     run = runner.start(decode_batch(lengths))
     lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
-    return run.tokens(), runner.relay.tolist()
+    # Row 0 belongs to padding, which only graphs have.
+    return run.tokens(), runner.relay[1:].tolist()
 
 
 @pytest.mark.parametrize("lengths", [[5], [300, 7], [1, 64, 300, 399], [17] * 7, [399] * 12])

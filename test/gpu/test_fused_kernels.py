@@ -22,11 +22,12 @@ from sgl_kernel.elementwise_ref import (  # noqa: E402
     HeadNorm,
     add_rms_norm_ref,
     rms_norm_ref,
-    rotate_heads_ref,
+    rotate_and_store_ref,
     silu_and_mul_ref,
 )
+from sgl_kernel.greedy import greedy_tokens, greedy_tokens_ref  # noqa: E402
 from sgl_kernel.rms_norm import add_rms_norm, rms_norm  # noqa: E402
-from sgl_kernel.rope import rotate_heads  # noqa: E402
+from sgl_kernel.rotate_and_store import rotate_and_store  # noqa: E402
 from sgl_kernel.silu_and_mul import silu_and_mul  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -180,7 +181,7 @@ def test_silu_and_mul_refuses_what_does_not_fit() -> None:
 
 
 class Rotated:
-    """A fused projection of 11 tokens inside a poisoned tensor, and the tables to rotate it."""
+    """A fused projection of 11 tokens inside a poisoned tensor, with tables and poisoned caches."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, with_norm: bool) -> None:
         self.num_heads, self.num_kv_heads, head_dim = shape
@@ -190,6 +191,7 @@ class Rotated:
         self.before = self.heads.clone()
         # Out of order, one of them twice; what no token is at is NaN.
         self.positions = torch.tensor([9, 0, 63, 1, 2, 40, 41, 42, 9, 62, 17], device=DEVICE)
+        self.slots = torch.tensor([3, 30, 31, 0, 7, 8, 2, 29, 5, 11, 10], device=DEVICE)
         angles = torch.rand((64, head_dim // 2), generator=torch.Generator().manual_seed(2)) * 7
         unused = torch.ones(64, dtype=torch.bool)
         unused[self.positions.cpu()] = False
@@ -197,22 +199,43 @@ class Rotated:
         self.cos, self.sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
         weights = random(2, head_dim, dtype=dtype, seed=3)
         self.norm = HeadNorm(weights[0], weights[1], EPS) if with_norm else None
+        self.caches = self.new_caches(32)
+
+    def new_caches(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Poisoned keys and values, each with a gap between slots."""
+        head_dim = self.heads.shape[2]
+        shape = (2, slots, self.num_kv_heads + 1, head_dim)
+        both = torch.full(shape, NAN, dtype=self.heads.dtype, device=DEVICE)
+        return both[0, :, : self.num_kv_heads], both[1, :, : self.num_kv_heads]
 
     def apply(self, rotate: Any, heads: torch.Tensor) -> torch.Tensor:
-        rotate(
+        """The queries; keys and values are in self.caches."""
+        queries: torch.Tensor = rotate(
             heads,
             self.cos,
             self.sin,
             self.positions,
+            *self.caches,
+            self.slots,
             num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
             norm=self.norm,
         )
-        return heads
+        return queries
 
-    @property
-    def num_rotated(self) -> int:
-        return self.num_heads + self.num_kv_heads
+    def everything(self, rotate: Any) -> torch.Tensor:
+        """q, k and v side by side [tokens, heads, head_dim], from a fresh copy and fresh caches."""
+        heads = in_poison(self.before.flatten(1)).unflatten(1, self.before.shape[1:])
+        self.caches = self.new_caches(32)
+        q = self.apply(rotate, heads)
+        assert q.is_contiguous()
+        k, v = (cache[self.slots] for cache in self.caches)
+        in_place = heads[:, self.num_heads : self.num_heads + self.num_kv_heads]
+        assert torch.equal(in_place, k), "the keys are rotated where they lie, too"
+        others = torch.ones(32, dtype=torch.bool, device=DEVICE)
+        others[self.slots] = False
+        for cache in self.caches:
+            assert cache[others].isnan().all(), "another slot was written"
+        return torch.cat((q, k, v), dim=1)
 
     def exact(self) -> torch.Tensor:
         """All heads in float64."""
@@ -230,12 +253,13 @@ class Rotated:
 @by_dtype
 @by_norm
 @by_shape
-def test_rotate_heads(shape: tuple[int, int, int], with_norm: bool, dtype: torch.dtype) -> None:
+def test_rotate_and_store(shape: tuple[int, int, int], with_norm: bool, dtype: torch.dtype) -> None:
     case = Rotated(shape, dtype, with_norm)
-    expected = case.apply(rotate_heads_ref, case.before.clone())
-    out = case.apply(rotate_heads, case.heads)
+    expected = case.everything(rotate_and_store_ref)
+    out = case.everything(rotate_and_store)
     assert relative_error(out, case.exact()) < TOLERANCE[dtype]
-    assert torch.equal(out[:, case.num_rotated :], case.before[:, case.num_rotated :])
+    values = slice(case.num_heads + case.num_kv_heads, None)
+    assert torch.equal(out[:, values], case.before[:, values])
     if case.norm is None:
         assert torch.equal(out, expected)
     else:
@@ -243,36 +267,83 @@ def test_rotate_heads(shape: tuple[int, int, int], with_norm: bool, dtype: torch
         assert_steps_apart(out, expected, scale=largest * shape[2] ** 0.5)
 
 
+def test_values_that_are_not_finite_are_stored_as_they_are() -> None:
+    case = Rotated((9, 3, 64), torch.float32, with_norm=True)
+    case.heads[2, 12:, 3], case.heads[2, 12:, 40] = float("inf"), float("-inf")
+    expected = case.heads[2, 12:].clone()
+    case.apply(rotate_and_store, case.heads)
+    assert torch.equal(case.caches[1][case.slots[2]], expected)
+
+
 @by_norm
 def test_a_token_is_rotated_alike_alone_and_in_any_batch(with_norm: bool) -> None:
     case = Rotated((9, 3, 64), torch.float32, with_norm)
-    alone, positions = case.before[4:5].clone(), case.positions
-    together = case.apply(rotate_heads, case.heads)
-    case.positions = positions[4:5]
-    assert torch.equal(case.apply(rotate_heads, alone), together[4:5])
+    alone, positions, slots = case.before[4:5].clone(), case.positions, case.slots
+    together = case.apply(rotate_and_store, case.heads)
+    case.positions, case.slots = positions[4:5], slots[4:5]
+    assert torch.equal(case.apply(rotate_and_store, alone), together[4:5])
 
 
-def test_rotate_heads_reads_any_head_stride() -> None:
+def test_rotate_and_store_reads_any_head_stride() -> None:
     case = Rotated((9, 3, 64), torch.float32, with_norm=True)
     head_major = case.before.transpose(0, 1).contiguous().transpose(0, 1)
     assert head_major.stride(0) < head_major.stride(1)
-    assert torch.equal(case.apply(rotate_heads, head_major), case.apply(rotate_heads, case.heads))
+    rotated = case.apply(rotate_and_store, head_major)
+    assert torch.equal(rotated, case.apply(rotate_and_store, case.heads))
 
 
-def test_rotate_heads_refuses_what_does_not_fit() -> None:
+def test_rotate_and_store_refuses_what_does_not_fit() -> None:
     case = Rotated((9, 3, 64), torch.float32, with_norm=True)
     assert case.norm is not None
-    with pytest.raises(ValueError, match="do not fit 9 \\+ 3 rotated heads"):
-        case.apply(rotate_heads, case.heads[:, :11])
+    with pytest.raises(ValueError, match="do not fit 9 query heads"):
+        case.apply(rotate_and_store, case.heads[:, :14])
     with pytest.raises(ValueError, match="do not fit"):
-        case.apply(rotate_heads, case.heads[..., :32])
+        case.apply(rotate_and_store, case.heads[..., :32])
     with pytest.raises(ValueError, match="positions must be contiguous"):
-        case.apply(rotate_heads, case.heads[:5])
+        case.apply(rotate_and_store, case.heads[:5])
+    with pytest.raises(ValueError, match=r"heads are torch\.float16, cache"):
+        case.apply(rotate_and_store, case.heads.half())
+    keys, values = case.caches
+    case.caches = keys.half(), values.half()
     with pytest.raises(ValueError, match="q_weight must be contiguous"):
-        case.apply(rotate_heads, case.heads.half())
+        case.apply(rotate_and_store, case.heads.half())
+    case.caches = keys, values[:8]
+    with pytest.raises(ValueError, match="one shape"):
+        case.apply(rotate_and_store, case.heads)
+    case.caches = keys, values
     case.cos = case.cos.half()
     with pytest.raises(ValueError, match="must be float32"):
-        case.apply(rotate_heads, case.heads)
+        case.apply(rotate_and_store, case.heads)
+
+
+@by_dtype
+@pytest.mark.parametrize("width", [1, 7, 4096, 4097, 49152 if not INTERPRETED else 5000])
+def test_greedy_tokens(width: int, dtype: torch.dtype) -> None:
+    logits = in_poison(random(6, width, dtype=dtype, seed=width))
+    logits[1] = 0.5
+    logits[2] = float("-inf")
+    logits[3, width // 2 :] = logits[3].max()
+    logits[4] = float("-inf")
+    logits[4, -1] = -7.0
+    out = torch.full((6,), -1, dtype=torch.int64, device=DEVICE)
+    assert greedy_tokens(logits, out) is out
+    assert torch.equal(out, greedy_tokens_ref(logits))
+    assert out[1] == out[2] == 0
+    assert out[4] == width - 1
+
+
+def test_greedy_tokens_of_nan_stay_in_the_vocabulary() -> None:
+    assert 0 <= int(greedy_tokens(torch.full((1, 99), NAN, device=DEVICE))) < 99
+
+
+def test_greedy_tokens_refuses_what_does_not_fit() -> None:
+    logits = torch.zeros((3, 8), device=DEVICE)
+    with pytest.raises(ValueError, match="rows, vocab_size"):
+        greedy_tokens(logits[0])
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        greedy_tokens(logits.double())
+    with pytest.raises(ValueError, match="out must be contiguous i64"):
+        greedy_tokens(logits, torch.zeros(2, dtype=torch.int64, device=DEVICE))
 
 
 @by_dtype
@@ -283,8 +354,9 @@ def test_no_tokens(dtype: torch.dtype) -> None:
     assert [part.shape for part in add_rms_norm(empty, empty, weight, EPS)] == [(0, 64), (0, 64)]
     assert silu_and_mul(empty).shape == (0, 32)
     case = Rotated((9, 3, 64), dtype, with_norm=False)
-    case.positions = case.positions[:0]
-    assert case.apply(rotate_heads, case.heads[:0]).shape == (0, 15, 64)
+    case.positions, case.slots = case.positions[:0], case.slots[:0]
+    assert case.apply(rotate_and_store, case.heads[:0]).shape == (0, 9, 64)
+    assert greedy_tokens(empty).shape == (0,)
 
 
 @needs_gpu
@@ -305,10 +377,15 @@ def test_more_than_two_to_the_31_elements() -> None:
     case = Rotated((200, 12, 128), torch.bfloat16, with_norm=False)
     case.positions = torch.arange(76_000, device=DEVICE) % 3
     case.cos, case.sin = torch.rand((2, 3, 64), device=DEVICE)
-    case.apply(rotate_heads, heads)
-    case.positions = case.positions[-3:]
-    expected = case.apply(rotate_heads_ref, last.view(3, 224, 128).clone())
-    assert torch.equal(heads[-3:], expected)
+    case.slots = torch.arange(76_000, device=DEVICE)
+    case.caches = case.new_caches(76_000)
+    q = case.apply(rotate_and_store, heads)
+    k, v = (cache[-3:].clone() for cache in case.caches)
+    case.positions, case.slots = case.positions[-3:], case.slots[:3]
+    expected = case.apply(rotate_and_store_ref, last.view(3, 224, 128).clone())
+    assert torch.equal(q[-3:], expected)
+    assert torch.equal(k, case.caches[0][:3])
+    assert torch.equal(v, case.caches[1][:3])
 
 
 @needs_gpu
@@ -316,7 +393,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 def test_layers_take_the_kernels_for_tensors_on_a_gpu(
     with_norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang.srt.layers import activation, norm, rope
+    from sglang.srt.layers import activation, norm, rope, sampler
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the torch path was taken")
@@ -326,7 +403,7 @@ def test_layers_take_the_kernels_for_tensors_on_a_gpu(
     monkeypatch.setattr(norm, "rms_norm_ref", refuse)
     monkeypatch.setattr(norm, "add_rms_norm_ref", refuse)
     monkeypatch.setattr(activation, "silu_and_mul_ref", refuse)
-    monkeypatch.setattr(rope, "rotate_heads_ref", refuse)
+    monkeypatch.setattr(rope, "rotate_and_store_ref", refuse)
     found = (
         norm.rms_norm(x, weight, EPS),
         *norm.add_rms_norm(x, x, weight, EPS),
@@ -335,13 +412,15 @@ def test_layers_take_the_kernels_for_tensors_on_a_gpu(
     for ours, kernels in zip(found, expected, strict=True):
         assert torch.equal(ours, kernels)
     case = Rotated((9, 3, 64), torch.bfloat16, with_norm)
-    rotated = case.apply(rotate_heads, case.before.clone())
-    rope.rotate_heads(
+    rotated = case.apply(rotate_and_store, case.before.clone())
+    ours = rope.rotate_and_store(
         case.heads,
         rope.Rotation(case.cos, case.sin),
         case.positions,
+        *case.caches,
+        case.slots,
         num_heads=case.num_heads,
-        num_kv_heads=case.num_kv_heads,
         norm=case.norm,
     )
-    assert torch.equal(case.heads, rotated)
+    assert torch.equal(ours, rotated)
+    assert torch.equal(sampler.likeliest(x), greedy_tokens(x))

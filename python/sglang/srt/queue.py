@@ -22,6 +22,7 @@ class WaitingQueue:
         self._policy = policy
         self._cached_prefix = cached_prefix
         self._requests: dict[str, Request] = {}
+        self.tokens = 0  # of all of them
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -32,9 +33,11 @@ class WaitingQueue:
     def add(self, request: Request) -> None:
         assert request.rid not in self._requests, f"{request.rid} is already waiting"
         self._requests[request.rid] = request
+        self.tokens += request.num_tokens
 
     def remove(self, request: Request) -> None:
         del self._requests[request.rid]
+        self.tokens -= request.num_tokens
 
     def in_order(self) -> list[Request]:
         by_arrival = sorted(self._requests.values(), key=lambda request: request.arrival_s)

@@ -27,6 +27,7 @@ from sglang.srt.flags import (
     read_config_file,
     token_count,
 )
+from sglang.srt.multiplex_policy import ChunkedSteps, MultiplexPolicy, parse_chunked
 from sglang.srt.pdmux_config import PdmuxConfig
 from sglang.srt.upstream_flags import UNSUPPORTED_FLAGS
 from sglang.version import __version__
@@ -142,6 +143,12 @@ class ServerArgs:
         group=_MEMORY,
         parse=token_count,
     )
+    enable_mixed_chunk: bool = flag(
+        False,
+        "Let prompts ride in decode steps of up to --chunked-prefill-size tokens; with "
+        "--enable-pdmux that is --pd-multiplex-policy chunked.",
+        group=_MEMORY,
+    )
     max_prefill_tokens: int = flag(
         16384, "Prompt tokens in one prefill batch.", group=_MEMORY, parse=token_count
     )
@@ -167,6 +174,12 @@ class ServerArgs:
         "Run prefill and decode at the same time on disjoint parts of the device.",
         group=_PDMUX,
         aliases=["--enable-pd-multiplex"],
+    )
+    pd_multiplex_policy: str | None = flag(
+        None,
+        "table divides the device by the number of running requests; chunked:N lets prompts ride "
+        "in decode steps of up to N tokens, undivided. table if not given.",
+        group=_PDMUX,
     )
     pdmux_config_path: str | None = flag(
         None, "YAML file with the division of the device.", group=_PDMUX
@@ -203,6 +216,11 @@ class ServerArgs:
         "auto",
         "auto is, on GPUs, flashinfer where it and nvcc are installed and takes the dtype, else "
         "triton; on CPUs torch_native.",
+        group=_DEVICE,
+    )
+    matmul_backend: Literal["auto", "torch", "triton", "deep_gemm"] = flag(
+        "auto",
+        "Kernels of matrix products; auto measures, once, all that are installed on every lane.",
         group=_DEVICE,
     )
     disable_cuda_graph: bool = flag(
@@ -266,7 +284,7 @@ class ServerArgs:
         self._check_parallelism()
         self._check_ranges()
         self._check_combinations()
-        self.pdmux()
+        self.policy()
 
     @property
     def tokenizer(self) -> str:
@@ -278,11 +296,20 @@ class ServerArgs:
         """The name that clients see."""
         return self.served_model_name or self.model_path
 
-    def pdmux(self) -> PdmuxConfig | None:
-        """The division of the device, None without --enable-pdmux. Reads the file."""
-        if not self.enable_pdmux:
-            return None
+    def policy(self) -> MultiplexPolicy:
+        """How prefill and decode share the device. Reads the file of --pdmux-config-path."""
+        chunked = self._chunked_steps()
+        if chunked is not None or not self.enable_pdmux:
+            return chunked
         return PdmuxConfig.load(self.pdmux_config_path, self.sm_group_num)
+
+    def _chunked_steps(self) -> ChunkedSteps | None:
+        if self.pd_multiplex_policy is None:
+            return ChunkedSteps() if self.enable_mixed_chunk else None
+        try:
+            return parse_chunked(self.pd_multiplex_policy)
+        except ValueError as error:
+            raise _bad("pd_multiplex_policy", str(error)) from None
 
     def _check_types(self) -> None:
         """A command line is typed by its parser; this is for args made in Python."""
@@ -333,12 +360,13 @@ class ServerArgs:
             f"must be -1 or a positive multiple of --page-size {page}, got {chunk}",
         )
         if not self.enable_pdmux:
-            for field in ("pdmux_config_path", "sm_group_num"):
-                _require(
-                    getattr(self, field) is None,
-                    field,
-                    "has no effect without --enable-pdmux",
-                )
+            self._require_unset(
+                "without --enable-pdmux",
+                "pd_multiplex_policy",
+                "pdmux_config_path",
+                "sm_group_num",
+            )
+        self._check_chunked_steps()
         _require(
             self.device != "cpu" or self.attention_backend in ("auto", "torch_native"),
             "attention_backend",
@@ -349,6 +377,42 @@ class ServerArgs:
             "chat_template",
             "has no effect with --skip-tokenizer-init",
         )
+
+    def _check_chunked_steps(self) -> None:
+        policy, chunked = self.pd_multiplex_policy, self._chunked_steps()
+        chunk, mixed = self.chunked_prefill_size, self.enable_mixed_chunk
+        _require(
+            not mixed or chunk != -1,
+            "enable_mixed_chunk",
+            "cuts prompts, --chunked-prefill-size -1 never does: leave one of them out",
+        )
+        _require(
+            not mixed or chunked is not None,
+            "enable_mixed_chunk",
+            f"contradicts --pd-multiplex-policy {policy}: leave one of them out",
+        )
+        if chunked is None:
+            return
+        self._require_unset(
+            "where prompts ride in decode steps", "pdmux_config_path", "sm_group_num"
+        )
+        step_tokens = chunked.step_tokens
+        if step_tokens is None:
+            return
+        _require(
+            chunk is None or chunk == step_tokens,
+            "chunked_prefill_size",
+            f"{chunk} contradicts --pd-multiplex-policy {policy}: leave it out",
+        )
+        _require(
+            step_tokens <= self.max_prefill_tokens,
+            "max_prefill_tokens",
+            f"{self.max_prefill_tokens} is less than the {step_tokens} tokens of a step: raise it",
+        )
+
+    def _require_unset(self, when: str, *fields: str) -> None:
+        for field in fields:
+            _require(getattr(self, field) is None, field, f"has no effect {when}")
 
 
 FLAGS: tuple[Flag, ...] = tuple(flags_of(ServerArgs))

@@ -47,7 +47,7 @@ enable-hierarchical-cache enable-hisparse enable-http2 enable-int8-mamba-checkpo
 enable-layerwise-nvtx-marker enable-linear-replayssm enable-lmcache enable-lora
 enable-lora-overlap-loading enable-mamba-cache-stochastic-rounding enable-memory-saver
 enable-metrics enable-metrics-for-all-schedulers enable-mfu-metrics enable-mis
-enable-mixed-chunk enable-mm-global-cache enable-mscclpp enable-multi-layer-eagle
+enable-mm-global-cache enable-mscclpp enable-multi-layer-eagle
 enable-multimodal enable-nccl-nvls enable-nsa-prefill-context-parallel enable-p2p-check
 enable-page-major-kv-layout enable-precise-embedding-interpolation
 enable-prefill-context-parallel enable-prefill-cp enable-prefill-delayer enable-prefix-mm-cache

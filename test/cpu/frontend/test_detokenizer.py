@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -330,3 +331,28 @@ def test_first_stop_does_not_depend_on_how_text_is_cut(text: str, stops: list[st
             assert found == whole
             return
     assert whole is None
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 49151), max_size=6), min_size=1, max_size=8),
+    skip=st.booleans(),
+)
+def test_decoding_is_the_tokenizers_own(tokenizer: Any, rows: list[list[int]], skip: bool) -> None:
+    expected = tokenizer.batch_decode(
+        rows, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+    )
+    assert decode_with(tokenizer)(rows, skip, True) == expected
+
+
+def test_a_tokenizer_with_a_decoding_of_its_own_keeps_it(tokenizer: Any) -> None:
+    class Shouting(type(tokenizer)):  # type: ignore[misc]
+        def _decode(self, *args: Any, **options: Any) -> str:
+            return str(super()._decode(*args, **options)).upper()
+
+    shouting = copy.copy(tokenizer)
+    shouting.__class__ = Shouting
+    ids = tokenizer("quiet words", add_special_tokens=False)["input_ids"]
+    assert decode_with(shouting)([ids], True, True) == ["QUIET WORDS"]

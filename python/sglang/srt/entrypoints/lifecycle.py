@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -108,6 +109,8 @@ class Lifecycle:
         await self._server.listening.wait()
         if not self._state.args.skip_server_warmup:
             await self._first_request()
+        gc.collect()
+        gc.freeze()  # app, tokenizer and libraries stay: walking them again would stop all streams
         self._state.startup_s = time.monotonic() - self._started_s
         self._state.phase = Phase.SERVING
         logger.info("The server is fired up and ready to roll!")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sgl_kernel.elementwise_ref import HeadNorm, rotate_heads_ref
+from sgl_kernel.elementwise_ref import HeadNorm, rotate_and_store_ref
 from sglang.srt.layers.fused import use_kernels
 from sglang.srt.model_config import ModelConfig
 
@@ -28,32 +28,38 @@ def build_rotation(config: ModelConfig, device: torch.device) -> Rotation:
     return Rotation(cos, sin)
 
 
-def rotate_heads(
+def rotate_and_store(
     heads: torch.Tensor,
     rotation: Rotation,
     positions: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
     *,
     num_heads: int,
-    num_kv_heads: int,
     norm: HeadNorm | None,
-) -> None:
-    """Norms, if norm is given, and rotates q and k of a fused projection in place; float32 inside.
+) -> torch.Tensor:
+    """Norms, if norm is given, and rotates q and k of a fused projection; float32 inside.
 
-    heads [tokens, q heads | k heads | v heads, head_dim], positions [tokens] i64.
+    heads [tokens, q heads | k heads | v heads, head_dim], whose k is rotated in place. keys, values
+    [slots, kv heads, head_dim] get k and v at slots. positions, slots [tokens] i64.
+    Returns q [tokens, q heads, head_dim], contiguous.
     """
     if use_kernels(heads):
-        from sgl_kernel import rope as kernels
+        from sgl_kernel import rotate_and_store as kernels
 
-        rotate = kernels.rotate_heads
+        run = kernels.rotate_and_store
     else:
-        rotate = rotate_heads_ref
-    rotate(
+        run = rotate_and_store_ref
+    return run(
         heads,
         rotation.cos,
         rotation.sin,
         positions,
+        keys,
+        values,
+        slots,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
         norm=norm,
     )
 

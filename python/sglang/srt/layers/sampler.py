@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang.srt.layers.fused import use_kernels
 from sglang.srt.sampling_params import SamplingParams
 
 _NOISE_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of noise at a time: it stays in the L2 cache
@@ -117,27 +118,36 @@ class SamplingBatch:
 def sample(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Chooses one token for each row: ids [B] i64.
 
-    logits [B, vocab_size] f32, left as they are.
+    logits [B, vocab_size] f32, bf16 or f16, left as they are; randomness is drawn in f32.
     positions [B] i64: index in its sequence of the token to choose.
     Greedy rows take the largest logit, of equal ones the lowest id.
     """
-    if logits.dtype != torch.float32 or logits.shape[0] != batch.num_rows:
+    if not logits.is_floating_point() or logits.shape[0] != batch.num_rows:
         raise ValueError(
             f"logits are {list(logits.shape)} {logits.dtype}, "
-            f"expected [{batch.num_rows}, vocab_size] torch.float32"
+            f"expected floats [{batch.num_rows}, vocab_size]"
         )
     logits = _withhold(logits, positions, batch)
     if batch.all_greedy:
-        return logits.argmax(dim=-1)
+        return likeliest(logits)
     if batch.random_rows is None:
-        return _draw(logits, positions, batch)
-    ids = logits.argmax(dim=-1)
+        return _draw(logits.float(), positions, batch)
+    ids = likeliest(logits)
     drawn = _draw(
-        logits.index_select(0, batch.random_rows),
+        logits.index_select(0, batch.random_rows).float(),
         positions.index_select(0, batch.random_rows),
         batch,
     )
     return ids.index_copy_(0, batch.random_rows, drawn)
+
+
+def likeliest(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The id of each row's largest logit, of equal ones the lowest: [B] i64, in `out` if given."""
+    if use_kernels(logits):
+        from sgl_kernel import greedy as kernels
+
+        return kernels.greedy_tokens(logits, out)
+    return torch.argmax(logits, dim=-1, out=out)
 
 
 def _withhold(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from copy import copy
+
+import msgspec
 
 from sglang.srt.managers.prompts import TokenizedPrompt
 from sglang.srt.messages import FinishReason, TextBatch
 
 
-@dataclass(slots=True, eq=False)
-class Answer:
+class Answer(msgspec.Struct, eq=False):
     """One answer as far as it has come. `index` is its place in the call, prompt by prompt.
 
     rid: the client's or made up. call_id: the same for all answers of a call. wire_id: unique.
@@ -22,7 +22,7 @@ class Answer:
     wire_id: str
     prompt: TokenizedPrompt
     started_s: float
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = []
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -30,13 +30,11 @@ class Answer:
     finish: FinishReason | None = None
     finished_s: float | None = None
     _text: str = ""
-    _pieces: list[str] = field(default_factory=list)
+    _pieces: list[str] = []
 
     @property
     def text(self) -> str:
-        if self._pieces:
-            self._text += "".join(self._pieces)
-            self._pieces.clear()
+        self._join()
         return self._text
 
     @property
@@ -45,8 +43,11 @@ class Answer:
 
     def snapshot(self) -> Answer:
         """The answer as it is now; it does not follow later changes."""
-        text = self.text
-        return dataclasses.replace(self, output_ids=self.output_ids.copy(), _text=text, _pieces=[])
+        self._join()
+        twin = copy(self)
+        twin.output_ids = self.output_ids.copy()
+        twin._pieces = []
+        return twin
 
     def take(self, batch: TextBatch, i: int, now_s: float) -> None:
         """Adds entry i of a batch."""
@@ -61,9 +62,13 @@ class Answer:
         if self.finish is not None:
             self.finished_s = now_s
 
+    def _join(self) -> None:
+        if self._pieces:
+            self._text += "".join(self._pieces)
+            self._pieces.clear()
 
-@dataclass(frozen=True, slots=True)
-class Update:
+
+class Update(msgspec.Struct, frozen=True, eq=False):
     """News of one answer: what came since its last update, and the answer as it was then.
 
     The reader may be slow: what arrives in the meantime belongs to the next update.

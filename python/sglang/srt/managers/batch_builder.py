@@ -13,6 +13,8 @@ from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.model_executor.host_batch import HostBatch, Ints, SampleRow
 from sglang.srt.requests import Request
 
+_Parts = list[npt.NDArray[Any]]
+
 
 class BatchBuilder:
     """Sequences already have the slots of their new tokens, which are their last ones."""
@@ -20,78 +22,56 @@ class BatchBuilder:
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
 
-    def prefill(self, fills: Sequence[Fill]) -> HostBatch:
-        last_tokens = np.cumsum([fill.end - fill.start for fill in fills]) - 1
-        sampled = [i for i, fill in enumerate(fills) if fill.samples]
-        requests = [fill.request for fill in fills]
-        input_ids = [fill.request.tokens()[fill.start : fill.end] for fill in fills]
-        for i in sampled:
-            requests[i].launched_output += 1
-        return self._build(
-            requests,
-            new_lens=[fill.end - fill.start for fill in fills],
-            input_ids=np.concatenate(input_ids),
-            sampled=sampled,
-            sample_tokens=last_tokens[sampled],
-            decode_reqs=0,
-        )
+    def step(self, members: Sequence[Request], fills: Sequence[Fill]) -> HostBatch:
+        """A launch in which `members` decode and `fills` are computed, in this order."""
+        decode_reqs = len(members)
+        requests = [*members, *(fill.request for fill in fills)]
+        sequences = [sequence_of(request) for request in requests]
+        rows = _ints([row_of(request) for request in requests])
+        seq_lens = _ints([sequence.length for sequence in sequences])
+        new_lens = _ints([1] * decode_reqs + [fill.tokens for fill in fills])
 
-    def decode(self, members: Sequence[Request]) -> HostBatch:
-        everyone = list(range(len(members)))
-        return self._build(
-            members,
-            new_lens=[1] * len(members),
-            input_ids=np.empty(0, dtype=np.int64),
-            sampled=everyone,
-            sample_tokens=np.asarray(everyone),
-            decode_reqs=len(members),
-        )
+        prompts = [fill.request.tokens()[fill.start : fill.end] for fill in fills]
+        positions: _Parts = [seq_lens[:decode_reqs] - 1]
+        positions += [np.arange(fill.start, fill.end) for fill in fills]
+        token_slots: _Parts = [_ints([_last_slot(s) for s in sequences[:decode_reqs]])]
+        token_slots += [sequence_of(fill.request).slots[fill.start :] for fill in fills]
 
-    def _build(
-        self,
-        requests: Sequence[Request],
-        *,
-        new_lens: Sequence[int],
-        input_ids: npt.NDArray[Any],
-        sampled: Sequence[int],
-        sample_tokens: npt.NDArray[Any],
-        decode_reqs: int,
-    ) -> HostBatch:
-        positions, token_slots, table_index, table_slots = [], [], [], []
-        width = self._context_length
-        for request, count in zip(requests, new_lens, strict=True):
-            slots = sequence_of(request).slots
-            length = len(slots)
-            positions.append(np.arange(length - count, length))
-            token_slots.append(slots[length - count :])
-            table_index.append(np.arange(request.table_valid, length) + row_of(request) * width)
-            table_slots.append(slots[request.table_valid :])
-            request.table_valid = length
-        rows = [row_of(request) for request in requests]
-        samples = tuple(
-            SampleRow(
-                sampling=requests[i].sampling,
-                seed=requests[i].seed,
-                position=sequence_of(requests[i]).length,
-                withheld_ids=requests[i].stop_ids if requests[i].sampling.min_new_tokens else (),
-                withheld_until=len(requests[i].prompt) + requests[i].sampling.min_new_tokens,
-            )
-            for i in sampled
-        )
+        # The slot table gets the new tokens, and what changed before them: a prefix that was in
+        # the cache, or slots that were given up for those of the prefix tree.
+        table_index: _Parts = [_join(positions) + np.repeat(rows, new_lens) * self._context_length]
+        table_slots = [*token_slots]
+        table_valid = _ints([request.table_valid for request in requests])
+        for i in np.flatnonzero(table_valid < seq_lens - new_lens):
+            stale = slice(table_valid[i], seq_lens[i] - new_lens[i])
+            table_index.append(np.arange(stale.start, stale.stop) + rows[i] * self._context_length)
+            table_slots.append(sequences[i].slots[stale])
+        for request, sequence in zip(requests, sequences, strict=True):
+            request.table_valid = sequence.length
+
+        sampled = [*range(decode_reqs)]
+        sampled += [i for i, fill in enumerate(fills, decode_reqs) if fill.samples]
         return HostBatch(
             decode_reqs=decode_reqs,
-            input_ids=_i64(input_ids),
-            positions=_i64(np.concatenate(positions)),
-            token_slots=_i64(np.concatenate(token_slots)),
-            rows=_i64(np.asarray(rows)),
-            seq_lens=_i64(np.asarray([sequence_of(request).length for request in requests])),
-            new_lens=_i64(np.asarray(new_lens)),
-            table_index=_i64(np.concatenate(table_index)),
-            table_slots=_i64(np.concatenate(table_slots)),
-            samples=samples,
-            sample_tokens=_i64(sample_tokens),
-            sample_rows=_i64(np.asarray([rows[i] for i in sampled])),
+            input_ids=_join(prompts),
+            positions=_join(positions),
+            token_slots=_join(token_slots),
+            rows=rows,
+            seq_lens=seq_lens,
+            new_lens=new_lens,
+            table_index=_join(table_index),
+            table_slots=_join(table_slots),
+            samples=tuple([_sample_row(requests[i], sequences[i].length) for i in sampled]),
+            sample_tokens=(np.cumsum(new_lens) - 1)[sampled],
+            sample_rows=rows[sampled],
         )
+
+
+def _sample_row(request: Request, position: int) -> SampleRow:
+    sampling = request.sampling
+    minimum = sampling.min_new_tokens
+    withheld_ids = request.stop_ids if minimum else ()
+    return SampleRow(sampling, request.seed, position, withheld_ids, len(request.prompt) + minimum)
 
 
 def sequence_of(request: Request) -> CachedSequence:
@@ -104,5 +84,17 @@ def row_of(request: Request) -> int:
     return request.row
 
 
-def _i64(values: npt.NDArray[Any]) -> Ints:
-    return values.astype(np.int64, copy=False)
+def _last_slot(sequence: CachedSequence) -> int:
+    slot = sequence.last_slot
+    assert slot is not None, "an empty sequence decodes"
+    return slot
+
+
+def _ints(values: Sequence[int]) -> Ints:
+    return np.array(values, dtype=np.int64)
+
+
+def _join(parts: _Parts) -> Ints:
+    if not parts:
+        return np.empty(0, dtype=np.int64)
+    return np.concatenate(parts, dtype=np.int64)

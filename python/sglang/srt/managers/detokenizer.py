@@ -50,10 +50,6 @@ class _Stream:
     def context(self) -> list[int]:
         return self.ids[: self.mark]
 
-    @property
-    def window(self) -> list[int]:
-        return list(self.ids)
-
     def gained(self, context: str, window: str, last: bool) -> str:
         """What to show now, given the text of both; moves the window on if it may."""
         # A prompt may end inside a character, which the first tokens then complete.
@@ -187,7 +183,7 @@ class IncrementalDetokenizer:
 
     def _fresh_texts(self, streams: Sequence[_Stream], last: bool = False) -> list[str]:
         """The text each stream has gained; with `last`, broken characters included."""
-        rows = [s.context for s in streams] + [s.window for s in streams]
+        rows = [s.context for s in streams] + [s.ids for s in streams]
         texts = self._decode_rows(rows, [s.options for s in streams] * 2)
         return [
             stream.gained(context, window, last)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drift_scheduler.gang import Gang
 from drift_scheduler.timeline import Timeline
-from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
+from sglang.srt.managers.admission import EngineLimits
+from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.managers.serving_engine import EngineLimits, ServingEngine
+from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.model_executor.bring_up import Executor, bring_up
+from sglang.srt.requests import Request
 from sglang.srt.server_args import ServerArgs
 
 
@@ -38,10 +40,10 @@ class EngineParts:
 def build_engine(
     server_args: ServerArgs,
     *,
-    on_prefill: Callable[[PrefillBatch], None] = lambda batch: None,
-    on_decode: Callable[[DecodeBatch], None] = lambda batch: None,
+    on_prefill: Callable[[Sequence[Fill]], None] = lambda fills: None,
+    on_decode: Callable[[Sequence[Request]], None] = lambda members: None,
 ) -> EngineParts:
-    """Loads the model and builds all behind it. The callbacks see every batch as it begins.
+    """Loads the model and builds all behind it. For the callbacks see ServingEngine.
 
     Raises ConfigError naming the flag.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drift_scheduler.lane import Lane, Work
@@ -11,12 +12,21 @@ from sglang.srt.requests import Request
 
 @dataclass(slots=True)
 class Fill:
-    """A request's part in a prefill batch: its tokens start..end-1."""
+    """A request's part in a launch that fills prompts: its tokens start..end-1."""
 
     request: Request
     start: int
     end: int
     completes_prompt: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens found in the prefix cache, if the request starts with this part."""
+        return self.start if self.start == self.request.cached_tokens else 0
 
     @property
     def samples(self) -> bool:
@@ -27,14 +37,9 @@ class Fill:
 class PrefillBatch:
     """Prompts, or chunks of them, that run through the layers together."""
 
-    def __init__(self, fills: list[Fill], run: Run) -> None:
+    def __init__(self, fills: Sequence[Fill], run: Run) -> None:
         self.fills = fills
         self.run = run
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens found in the prefix cache by the requests that start in this batch."""
-        return sum(f.start for f in self.fills if f.start == f.request.cached_tokens)
 
     @property
     def requests(self) -> int:
@@ -42,7 +47,7 @@ class PrefillBatch:
 
     @property
     def tokens(self) -> int:
-        return sum(fill.end - fill.start for fill in self.fills)
+        return sum(fill.tokens for fill in self.fills)
 
     @property
     def cancelled(self) -> bool:
@@ -53,16 +58,30 @@ class PrefillBatch:
 
 
 class DecodeBatch:
-    """One step of the running requests."""
+    """One step of the running requests, and the chunks of prompts that ride in it.
 
-    def __init__(self, members: list[Request], run: Run, num_layers: int) -> None:
+    The run's tokens are those of the members, then those of the fills that sample.
+    """
+
+    def __init__(
+        self, members: Sequence[Request], fills: Sequence[Fill], run: Run, num_layers: int
+    ) -> None:
         self.members = members
+        self.fills = fills
         self.run = run
         self._num_layers = num_layers
 
     @property
     def requests(self) -> int:
-        return len(self.members)
+        return len(self.members) + len(self.fills)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.members) + self.fused_tokens
+
+    @property
+    def fused_tokens(self) -> int:
+        return sum(fill.tokens for fill in self.fills)
 
     def step_work(self, lane: Lane) -> Work:
         return self.run.slice_work(lane, 0, self._num_layers)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,7 +25,7 @@ from drift_scheduler.gang import Gang
 from drift_scheduler.lane import LaneProvider, Phase
 from drift_scheduler.timeline import Timeline
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
-from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
+from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
@@ -42,6 +42,7 @@ from sglang.srt.messages import (
 )
 from sglang.srt.observability.scheduler_log import Load, SchedulerLog
 from sglang.srt.observability.watchdog import Watchdog
+from sglang.srt.requests import Request
 from sglang.srt.server_args import ServerArgs
 
 # Idle, the loop wakes for messages; the limit only bounds how late a deadline is noticed.
@@ -194,6 +195,7 @@ class Scheduler:
                 "prefill_busy_s": self._timeline.busy_s(Phase.PREFILL),
                 "decode_busy_s": self._timeline.busy_s(Phase.DECODE),
                 "both_busy_s": self._timeline.both_busy_s,
+                "fused_busy_s": self._timeline.fused_busy_s,
                 "partitions": [
                     {
                         "prefill_sms": partition.prefill_sms,
@@ -215,16 +217,16 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
 
     log = SchedulerLog(server_args.decode_log_interval)
 
-    def log_prefill(batch: PrefillBatch) -> None:
+    def log_prefill(fills: Sequence[Fill]) -> None:
         log.prefill(
-            seqs=batch.requests,
-            new_tokens=batch.tokens,
-            cached_tokens=batch.cached_tokens,
+            seqs=len(fills),
+            new_tokens=sum(fill.tokens for fill in fills),
+            cached_tokens=sum(fill.cached_tokens for fill in fills),
             load=scheduler.load(),
         )
 
-    def log_decode(batch: DecodeBatch) -> None:
-        log.decode(requests=batch.requests, load=scheduler.load)
+    def log_decode(members: Sequence[Request]) -> None:
+        log.decode(requests=len(members), load=scheduler.load)
 
     parts = build_engine(server_args, on_prefill=log_prefill, on_decode=log_decode)
     executor = parts.executor

@@ -6,6 +6,7 @@ For tests of everything around the engine; it runs in a thread or as a process m
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,18 +42,31 @@ def count_up(request: GenerateRequest) -> Iterator[int]:
     return itertools.count(100)
 
 
+def nothing_cached() -> int:
+    return 0
+
+
 @dataclass(slots=True, eq=False)
 class _Running:
     request: GenerateRequest
     tokens: Iterator[int | FinishReason]
     made: int = 0
     opened: bool = False
-    next_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _News:
+    """One request's part of the next message."""
+
+    running: _Running
+    new_ids: list[int]
+    finish: FinishReason | None
 
 
 class ScriptedScheduler:
-    """One token for each request a turn, every `token_interval_s`.
+    """One token for each request a turn, every `token_interval_s`; one message a turn.
 
+    cached_tokens: asked at each sending what to say of the prefix cache.
     received: every GenerateRequest. aborted: rids of AbortRequests that ended something.
     """
 
@@ -62,13 +76,17 @@ class ScriptedScheduler:
         ipc: IpcNames,
         script: Script = count_up,
         token_interval_s: float = 0.0,
+        cached_tokens: Callable[[], int] = nothing_cached,
     ) -> None:
         self.script = script
         self.token_interval_s = token_interval_s
+        self._cached_tokens = cached_tokens
         self.received: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.stopped: list[str] = []
         self._running: dict[str, _Running] = {}
+        self._news: list[_News] = []
+        self._next_turn_s = 0.0
         self._inbox: Receiver[Any] = Receiver(context, ipc.scheduler, ToScheduler)
         self._to_detokenizer = Sender(context, ipc.detokenizer)
         self._to_tokenizer = Sender(context, ipc.tokenizer)
@@ -77,20 +95,21 @@ class ScriptedScheduler:
         """Serves until Shutdown, which it passes on."""
         try:
             while True:
-                busy = self._running and not self.token_interval_s
-                for message in self._inbox.recv_all(0 if busy else self._poll_ms()):
+                for message in self._inbox.recv_all(self._wait_ms()):
                     if isinstance(message, Shutdown):
                         self._to_detokenizer.send(message)
                         return
                     self._handle(message)
-                for running in list(self._running.values()):
-                    self._step(running)
+                self._turn()
+                self._flush()
         finally:
             for end in (self._inbox, self._to_detokenizer, self._to_tokenizer):
                 end.close()
 
-    def _poll_ms(self) -> int:
-        return max(1, int(self.token_interval_s * 1000)) if self._running else _IDLE_POLL_MS
+    def _wait_ms(self) -> int:
+        if not self._running:
+            return _IDLE_POLL_MS
+        return max(0, math.ceil((self._next_turn_s - time.monotonic()) * 1000))
 
     def _handle(self, message: Any) -> None:
         match message:
@@ -102,11 +121,11 @@ class ScriptedScheduler:
                 for rid, running in list(self._running.items()):
                     if message.abort_all or rid.startswith(message.rid):
                         self.aborted.append(rid)
-                        self._send(running, [], FinishReason(type="abort", message="aborted"))
+                        self._note(running, [], FinishReason(type="abort", message="aborted"))
             case StopMatched():
                 self.stopped.append(message.rid)
                 if message.rid in self._running:
-                    self._send(self._running[message.rid], [], FinishReason(type="stop"))
+                    self._note(self._running[message.rid], [], FinishReason(type="stop"))
             case FlushCache():
                 ok = not self._running
                 text = "Cache flushed." if ok else "Cache not flushed: requests are running."
@@ -115,57 +134,67 @@ class ScriptedScheduler:
                 state = {"running": len(self._running)}
                 self._to_tokenizer.send(ControlReply(call_id=message.call_id, ok=True, data=state))
 
-    def _step(self, running: _Running) -> None:
+    def _turn(self) -> None:
         now_s = time.monotonic()
-        if now_s < running.next_s:
+        if now_s < self._next_turn_s:
             return
-        running.next_s = now_s + self.token_interval_s
+        # A steady rhythm, but what was missed is not made up for.
+        self._next_turn_s = max(now_s, self._next_turn_s + self.token_interval_s)
+        for running in list(self._running.values()):
+            self._step(running)
+
+    def _step(self, running: _Running) -> None:
         limit = running.request.sampling.max_new_tokens
         token: int | FinishReason | None = None
         if limit is None or running.made < limit:
             token = next(running.tokens, None)
         if isinstance(token, FinishReason):
-            self._send(running, [], token)
+            self._note(running, [], token)
         elif token is None:
-            self._send(running, [], FinishReason(type="length", length=running.made))
+            self._note(running, [], FinishReason(type="length", length=running.made))
         else:
             running.made += 1
             done = running.made == limit
             finish = FinishReason(type="length", length=running.made) if done else None
-            self._send(running, [token], finish)
+            self._note(running, [token], finish)
 
-    def _send(self, running: _Running, ids: list[int], finish: FinishReason | None) -> None:
-        request = running.request
-        sampling = request.sampling
-        opened = []
-        if not running.opened:
-            running.opened = True
-            opened.append(
-                StreamOptions(
-                    rid=request.rid,
-                    prompt_tail=request.input_ids[-4:],
-                    stop=sampling.stop,
-                    skip_special_tokens=sampling.skip_special_tokens,
-                    spaces_between_special_tokens=sampling.spaces_between_special_tokens,
-                    no_stop_trim=sampling.no_stop_trim,
-                )
-            )
+    def _note(self, running: _Running, ids: list[int], finish: FinishReason | None) -> None:
         if finish is not None:
-            self._running.pop(request.rid)
+            self._running.pop(running.request.rid)
             if isinstance(finish.matched, int):  # a matched stop token is a token of the answer
                 ids = [*ids, finish.matched]
                 running.made += 1
+        self._news.append(_News(running, ids, finish))
+
+    def _flush(self) -> None:
+        if not self._news:
+            return
+        news, self._news = self._news, []
+        requests = [entry.running.request for entry in news]
         self._to_detokenizer.send(
             TokenBatch(
-                opened=opened,
-                rids=[request.rid],
-                new_ids=[ids],
-                finish=[finish],
-                prompt_tokens=[len(request.input_ids)],
-                cached_tokens=[0],
-                completion_tokens=[running.made],
-                retractions=[0],
+                opened=[self._open(n.running) for n in news if not n.running.opened],
+                rids=[request.rid for request in requests],
+                new_ids=[entry.new_ids for entry in news],
+                finish=[entry.finish for entry in news],
+                prompt_tokens=[len(request.input_ids) for request in requests],
+                cached_tokens=[self._cached_tokens()] * len(news),
+                completion_tokens=[entry.running.made for entry in news],
+                retractions=[0] * len(news),
             )
+        )
+
+    def _open(self, running: _Running) -> StreamOptions:
+        running.opened = True
+        request = running.request
+        sampling = request.sampling
+        return StreamOptions(
+            rid=request.rid,
+            prompt_tail=request.input_ids[-4:],
+            stop=sampling.stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+            spaces_between_special_tokens=sampling.spaces_between_special_tokens,
+            no_stop_trim=sampling.no_stop_trim,
         )
 
 

@@ -3,55 +3,40 @@
 It owns all shared state of the scheduler process, on one thread. Who holds what:
 
     waiting    a queue entry, nothing on the device
-    partial    at most one request whose prompt is being filled chunk by chunk: row and sequence
-    running    row and sequence, one more slot a step
+    filling    row and sequence; its prompt is being computed, at once or chunk by chunk
+    running    row and sequence, one more slot a step, until its last step is launched
     finished   row and sequence until the last job that could touch them is done
+
+A prompt is filled by a prefill batch, which joins decode when the host has seen it finish, or by
+fused steps: there the next step is launched before the host has seen the last one, so a request
+is running as soon as the step that completes its prompt is launched.
 
 A sequence's slots are its own or the prefix tree's; SequenceCache keeps the account.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from sglang.srt.managers.batch_builder import BatchBuilder, row_of, sequence_of
+from sglang.srt.managers.admission import Admission, EngineLimits
+from sglang.srt.managers.batch_builder import BatchBuilder, sequence_of
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import FinishReason, GenerateRequest
-from sglang.srt.model_executor.model_runner import Runner
-from sglang.srt.queue import WaitingQueue
+from sglang.srt.model_executor.model_runner import Run, Runner
 from sglang.srt.requests import Request
-
-# A request that may generate 100k tokens seldom does: this many count when room is estimated.
-RESERVE_OUTPUT_TOKENS = 4096
-# Share of the output still allowed that is expected to be used, before --schedule-conservativeness.
-RESERVE_RATIO = 0.7
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """Sizes that do not change while the server runs; counts are tokens unless named otherwise.
-
-    prefill_tokens: new tokens of one prefill batch; a longer prompt is cut into chunks if
-    `chunked`, else it runs alone, whole. How many requests run at once is the number of rows.
-    """
-
-    context_length: int
-    prefill_tokens: int
-    chunked: bool
-    prefill_max_requests: int | None = None
-    max_queued: int | None = None
-    conservativeness: float = 1.0
-    schedule_policy: str = "fcfs"
 
 
 class ServingEngine:
-    """See the module. `random_seed` gives requests without a seed of their own one each."""
+    """See the module. `random_seed` gives requests without a seed of their own one each.
+
+    on_prefill sees the prompts of every launch that fills some, on_decode the members of every
+    step that has some, both as the launch begins.
+    """
 
     def __init__(
         self,
@@ -63,8 +48,8 @@ class ServingEngine:
         eos_token_ids: frozenset[int],
         outbox: Outbox,
         random_seed: int,
-        on_prefill: Callable[[PrefillBatch], None] = lambda batch: None,
-        on_decode: Callable[[DecodeBatch], None] = lambda batch: None,
+        on_prefill: Callable[[Sequence[Fill]], None] = lambda fills: None,
+        on_decode: Callable[[Sequence[Request]], None] = lambda members: None,
     ) -> None:
         self._runner = runner
         self._cache = cache
@@ -77,15 +62,13 @@ class ServingEngine:
         self._on_decode = on_decode
 
         self._batches = BatchBuilder(limits.context_length)
-        self._queue = WaitingQueue(limits.schedule_policy, self._peek)
-        self._partial: Request | None = None
+        self._admission = Admission(cache, rows, limits)
         self._prefilling: PrefillBatch | None = None
+        # Requests that want another step; a new list each step, since batches keep the old ones.
         self._running: list[Request] = []
         # Finished requests that launched work can still touch.
         self._leaving: list[Request] = []
         self._by_rid: dict[str, Request] = {}
-        # Set when a prefill batch could not be formed; cleared when memory or the queue changes.
-        self._admission_blocked = False
         self.retractions = 0
 
     @property
@@ -94,23 +77,25 @@ class ServingEngine:
 
     @property
     def waiting(self) -> int:
-        if self._admission_blocked:
-            return 0
-        return len(self._queue) + (self._partial is not None)
+        return self._admission.waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._admission.waiting_tokens
 
     @property
     def running(self) -> int:
-        return sum(request.wants_step for request in self._running)
+        return len(self._running)
 
     @property
     def queued(self) -> int:
         """Requests that wait, whether or not they could start now."""
-        return len(self._queue)
+        return self._admission.queued
 
     @property
     def num_running(self) -> int:
         """Requests in prefill or decode."""
-        return len(self._by_rid) - len(self._queue)
+        return len(self._by_rid) - self.queued
 
     @property
     def idle(self) -> bool:
@@ -145,12 +130,11 @@ class ServingEngine:
                 f"exceed the {room + len(request.prompt)} tokens of the {where}: lower them, "
                 f"or start the server with a larger {knobs}",
             )
-        elif max_queued is not None and len(self._queue) >= max_queued:
+        elif max_queued is not None and self.queued >= max_queued:
             self._refuse(request, 503, f"the queue is full (--max-queued-requests {max_queued})")
         else:
             self._by_rid[request.rid] = request
-            self._queue.add(request)
-            self._admission_blocked = False
+            self._admission.add(request)
 
     def abort(self, rid_prefix: str, *, abort_all: bool = False) -> None:
         """Ends all requests whose id starts with the prefix; an empty prefix names none."""
@@ -182,143 +166,104 @@ class ServingEngine:
 
     def begin_prefill(self) -> PrefillBatch | None:
         assert self._prefilling is None, "one prefill batch at a time"
-        fills = self._choose_fills()
+        limits = self._limits
+        fills = self._admission.choose(limits.prefill_tokens, self._running, cut=limits.chunked)
         if not fills:
-            self._admission_blocked = True
             return None
-        for fill in fills:
-            fill.request.jobs_in_flight += 1
-        batch = PrefillBatch(fills, self._runner.start(self._batches.prefill(fills)))
-        self._prefilling = batch
-        self._on_prefill(batch)
-        return batch
+        self._prefilling = PrefillBatch(fills, self._start((), fills))
+        self._on_prefill(fills)
+        return self._prefilling
 
     def finish_prefill(self, job: PrefillBatch) -> None:
         assert job is self._prefilling, "the job is not the batch in flight"
         self._prefilling = None
-        cancelled = job.cancelled
-        tokens = iter([] if cancelled else job.run.tokens())
-        for fill in job.fills:
-            request = fill.request
-            request.jobs_in_flight -= 1
-            if not cancelled:
-                request.computed = fill.end
-            token = next(tokens) if fill.samples and not cancelled else None
-            if request.finish is not None:
-                self._release(request)
-            elif not fill.completes_prompt:
-                self._partial = request
-            else:
-                self._join_decode(request, token)
-        self._admission_blocked = False
+        if job.cancelled:
+            self._drop_fills(job.fills)
+        else:
+            self._settle_fills(job.fills, iter(job.run.tokens()))
+            self._running += [fill.request for fill in job.fills if _wants_step(fill)]
 
-    def begin_decode(self, steps_in_flight: int) -> DecodeBatch | None:
-        members = [request for request in self._running if request.wants_step]
-        while members and self._cache.extend_each([sequence_of(r) for r in members]) is None:
-            if steps_in_flight:
-                return None  # the tokens of those steps are needed before anyone can leave
-            self._retract(members.pop())
-        if not members:
+    def begin_decode(self, steps_in_flight: int, fused_tokens: int) -> DecodeBatch | None:
+        assert not (fused_tokens and self._prefilling), "a fused step beside a prefill batch"
+        if not self._extend_running(steps_in_flight):
             return None
-        for request in members:
-            request.launched_output += 1
-            request.jobs_in_flight += 1
-        run = self._runner.start(self._batches.decode(members))
-        batch = DecodeBatch(members, run, self.num_layers)
-        self._on_decode(batch)
+        members = self._running
+        fills = self._admission.choose(fused_tokens, members, cut=True) if fused_tokens else []
+        if not members and not fills:
+            return None
+        batch = DecodeBatch(members, fills, self._start(members, fills), self.num_layers)
+        self._running = [request for request in members if request.wants_step]
+        if fills:
+            self._running += [fill.request for fill in fills if _wants_step(fill)]
+            self._on_prefill(fills)
+        if members:
+            self._on_decode(members)
         return batch
 
     def finish_decode(self, job: DecodeBatch) -> None:
-        for request, token in zip(job.members, job.run.tokens(), strict=True):
+        tokens = iter(job.run.tokens())
+        for request in job.members:
+            token = next(tokens)
             request.jobs_in_flight -= 1
             request.computed += 1
             if request.finish is None:
                 self._take_token(request, token)
             elif request.jobs_in_flight == 0:
                 self._release(request)
-
-    def _peek(self, request: Request) -> int:
-        return self._cache.radix.peek_length(request.tokens(), request.namespace)
+        if job.fills:
+            self._settle_fills(job.fills, tokens)
+            self._admission.reconsider()  # what is shared now may be what others lacked room for
 
     def _refuse(self, request: Request, status_code: int, message: str) -> None:
         request.finish = FinishReason(type="abort", message=message, status_code=status_code)
         self._outbox.note(request)
 
-    def _choose_fills(self) -> list[Fill]:
-        """The next prefill batch: the prompt that is half way first, then the queue in order.
+    def _extend_running(self, steps_in_flight: int) -> bool:
+        """A slot more for every running request; those that came last make room for the others.
 
-        Stops at the first request that does not fit, so that a large one is not overtaken for
-        ever by small ones.
+        False if only the tokens of the steps in flight can tell who leaves of itself.
         """
-        limits = self._limits
-        fills: list[Fill] = []
-        budget = limits.prefill_tokens
-        candidates = [self._partial] if self._partial else []
-        for request in candidates + self._queue.in_order():
-            if budget <= 0 or len(fills) == limits.prefill_max_requests:
-                break
-            if request.sequence is None and not self._open(request, budget, fills):
-                break
-            fill = self._fill(request, budget)
-            if fill is None or not fill.completes_prompt:
-                self._partial = request if fill is None else None
-                fills += [fill] if fill else []
-                break
-            self._partial = None
-            fills.append(fill)
-            budget -= fill.end - fill.start
-        return fills
-
-    def _fill(self, request: Request, budget: int) -> Fill | None:
-        """Slots for as much of the prompt as the budget and the memory allow; None for nothing."""
-        sequence = sequence_of(request)
-        start, total = sequence.length, request.num_tokens
-        count = total - start
-        if self._limits.chunked and count > budget:
-            count = budget - (start + budget) % self._cache.allocator.page_size
-        if count <= 0 or self._cache.extend(sequence, count) is None:
-            return None
-        return Fill(request, start, start + count, completes_prompt=start + count == total)
-
-    def _open(self, request: Request, budget: int, fills: Sequence[Fill]) -> bool:
-        """Gives a waiting request a row and its cached prefix, if all of it will fit."""
-        if self._rows.available == 0:
-            return False
-        sequence = self._cache.open(
-            request.tokens(), request.namespace, reuse_limit=request.num_tokens - 1
-        )
-        new = request.num_tokens - sequence.length
-        fits_batch = self._limits.chunked or new <= budget or not fills
-        others = self._running + [fill.request for fill in fills]
-        promised = sum(self._expected_output(other) for other in others)
-        need = new + self._expected_output(request) + promised
-        if not fits_batch or need > self._cache.available_tokens:
-            self._cache.discard(sequence)
-            return False
-        self._queue.remove(request)
-        request.sequence = sequence
-        request.row = self._rows.alloc()
-        request.computed = sequence.length
-        if not request.first_prefill_started:
-            request.first_prefill_started = True
-            request.cached_tokens = sequence.length
+        while self._running and not self._extend(self._running):
+            if steps_in_flight:
+                return False
+            self._retract(self._running.pop())
         return True
 
-    def _expected_output(self, request: Request) -> int:
-        ratio = min(1.0, RESERVE_RATIO * self._limits.conservativeness)
-        remaining = request.max_new_tokens - len(request.output)
-        return int(min(remaining, RESERVE_OUTPUT_TOKENS) * ratio)
+    def _extend(self, requests: Sequence[Request]) -> bool:
+        return self._cache.extend_each([sequence_of(r) for r in requests]) is not None
 
-    def _join_decode(self, request: Request, token: int | None) -> None:
-        """The prompt is filled: others may share it from now on, and decode goes on with it."""
-        rebound = self._cache.publish(sequence_of(request), request.tokens())
-        if rebound:
-            request.table_valid = min(request.table_valid, rebound.start)
-        self._running.append(request)
-        if token is None:
-            self._end(request, FinishReason(type="length", length=0))
-        else:
-            self._take_token(request, token)
+    def _start(self, members: Sequence[Request], fills: Sequence[Fill]) -> Run:
+        for request in members:
+            request.launched_output += 1
+            request.jobs_in_flight += 1
+        for fill in fills:
+            fill.request.launched_output += fill.samples
+            fill.request.jobs_in_flight += 1
+        return self._runner.start(self._batches.step(members, fills))
+
+    def _settle_fills(self, fills: Sequence[Fill], tokens: Iterator[int]) -> None:
+        """The parts are computed; `tokens` are those of the parts that sample."""
+        for fill in fills:
+            request = fill.request
+            token = next(tokens) if fill.samples else None
+            request.jobs_in_flight -= 1
+            request.computed = fill.end
+            if request.finish is not None:
+                if request.jobs_in_flight == 0:
+                    self._release(request)
+            elif fill.completes_prompt:
+                self._publish(request)
+                if token is None:
+                    self._end(request, FinishReason(type="length", length=0))
+                else:
+                    self._take_token(request, token)
+
+    def _drop_fills(self, fills: Sequence[Fill]) -> None:
+        """The parts are not computed, for all their requests have finished."""
+        for fill in fills:
+            fill.request.jobs_in_flight -= 1
+            if fill.request.jobs_in_flight == 0:
+                self._release(fill.request)
 
     def _take_token(self, request: Request, token: int) -> None:
         request.append(token)
@@ -334,52 +279,47 @@ class ServingEngine:
     def _leave(self, request: Request) -> None:
         """A finished request gives up its place at once, its memory when no job can touch it."""
         del self._by_rid[request.rid]
+        self._admission.forget(request)
         if request.sequence is None:
-            self._queue.remove(request)
-            self._admission_blocked = False
             return
-        if request is self._partial:
-            self._partial = None
         if request in self._running:
             self._running.remove(request)
         self._leaving.append(request)
         if request.jobs_in_flight == 0:
             self._release(request)
         else:
-            self._publish_early(request)
+            # The client has its answer, and its next turn can arrive before that job is done.
+            self._publish(request)
 
-    def _publish_early(self, request: Request) -> None:
-        """Shares what is computed although a launched step may still read the slots.
+    def _publish(self, request: Request) -> None:
+        """Shares what is computed.
 
-        The client has its answer, and its next turn can arrive before that step is done. What the
-        tree holds beyond our shared part must stay as it is till then: adopting the tree's slots
-        would free ours under the step.
+        Launched work may still read the slots. Then what the tree holds beyond our shared part
+        must stay as it is: adopting the tree's slots would free ours under that work.
         """
         sequence = sequence_of(request)
         computed = request.tokens()[: request.computed]
-        held = self._cache.radix.peek_length(computed, request.namespace)
-        if held <= sequence.shared_len:
-            self._cache.publish(sequence, computed)
+        if request.jobs_in_flight:
+            held = self._cache.radix.peek_length(computed, request.namespace)
+            if held > sequence.shared_len:
+                return
+        rebound = self._cache.publish(sequence, computed)
+        if rebound:
+            request.table_valid = min(request.table_valid, rebound.start)
 
     def _release(self, request: Request) -> None:
         assert request.jobs_in_flight == 0, f"{request.rid}: {request.jobs_in_flight} jobs left"
         self._leaving.remove(request)
-        self._give_back(request)
-        self._admission_blocked = False
-
-    def _give_back(self, request: Request) -> None:
-        """Computed tokens go to the prefix tree, other slots to the pool; the row is free."""
-        self._cache.close(sequence_of(request), request.tokens()[: request.computed])
-        self._rows.free(row_of(request))
-        request.sequence = request.row = None
-        request.computed = request.table_valid = 0
+        self._admission.release(request)
 
     def _retract(self, request: Request) -> None:
         assert request.jobs_in_flight == 0, f"{request.rid}: retracted under a job"
-        self._running.remove(request)
-        self._give_back(request)
+        self._admission.release(request)
         request.launched_output = len(request.output)
         request.retractions += 1
         self.retractions += 1
-        self._queue.add(request)
-        self._admission_blocked = False
+        self._admission.add(request)
+
+
+def _wants_step(fill: Fill) -> bool:
+    return fill.completes_prompt and fill.request.wants_step

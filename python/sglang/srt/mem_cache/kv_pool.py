@@ -28,6 +28,7 @@ class DeviceKVPool:
         self.num_slots = num_slots
         self.keys = _zeros(shape, dtype, torch.device(device))
         self.values = _zeros(shape, dtype, torch.device(device))
+        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
 
     @property
     def bytes_per_slot(self) -> int:
@@ -37,7 +38,7 @@ class DeviceKVPool:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of one layer, each [slots, kv_heads, head_dim], views of the pool."""
-        return self.keys[index], self.values[index]
+        return self._layers[index]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
 import torch
 from tqdm import tqdm
 
-from drift_scheduler.dispatcher import Dispatcher, SplitByBatchSize, TakeTurns, even_thresholds
+from drift_scheduler.dispatcher import (
+    Chunked,
+    Dispatcher,
+    SplitByBatchSize,
+    TakeTurns,
+    even_thresholds,
+)
 from drift_scheduler.lane import LaneProvider, Phase
 from drift_scheduler.partition import PartitionError
 from sglang.srt.errors import ConfigError
-from sglang.srt.layers.attention.base import AttentionBackend
-from sglang.srt.layers.attention.torch_native import TorchNativeAttention
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
-from sglang.srt.model_executor.model_runner import LaneKey, ModelRunner
+from sglang.srt.model_executor.lane_kernels import (
+    choose_attention_backend,
+    kernels_by_lane,
+    matmuls_by_lane,
+)
+from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.warm_up import warm_up
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
+from sglang.srt.multiplex_policy import ChunkedSteps, MultiplexPolicy
 from sglang.srt.pdmux_config import PdmuxConfig
 from sglang.srt.server_args import ServerArgs, resolve_device
 
@@ -57,9 +65,15 @@ class Executor:
 def bring_up(args: ServerArgs) -> Executor:
     """Loads the model and sizes everything. Raises ConfigError naming the flag."""
     device = _device(args)
-    pdmux = args.pdmux()
-    lanes = make_lanes(device, pdmux)
-    dispatcher = make_dispatcher(lanes, pdmux, 1 if args.disable_overlap_schedule else DECODE_DEPTH)
+    policy = args.policy()
+    prefill_tokens = _prefill_tokens(args, device.type == "cuda")
+    lanes = make_lanes(device, policy if isinstance(policy, PdmuxConfig) else None)
+    dispatcher = make_dispatcher(
+        lanes,
+        policy,
+        depth=1 if args.disable_overlap_schedule else DECODE_DEPTH,
+        chunk_tokens=prefill_tokens,
+    )
     source = resolve_model_source(
         args.model_path,
         load_format=args.load_format,
@@ -77,6 +91,14 @@ def bring_up(args: ServerArgs) -> Executor:
     model = load_model(source, config, device, seed=args.random_seed or 0)
     on_gpu = device.type == "cuda"
     num_rows = 1 + (args.max_running_requests or (GPU_MAX_RUNNING if on_gpu else CPU_MAX_RUNNING))
+    matmuls = matmuls_by_lane(
+        args.matmul_backend,
+        lanes,
+        model,
+        device,
+        max_prefill_tokens=prefill_tokens,
+        max_decode_reqs=num_rows - 1,
+    )
     table_bytes = num_rows * config.context_length * torch.int32.itemsize
     num_slots = _num_slots(args, config, device, reserved_bytes=table_bytes)
     pool = DeviceKVPool(
@@ -87,12 +109,13 @@ def bring_up(args: ServerArgs) -> Executor:
         config.dtype,
         device,
     )
-    backend = _attention_backend(args, config, device)
+    backend = choose_attention_backend(args.attention_backend, config, device)
     runner = ModelRunner(
         model,
+        pool,
+        kernels_by_lane(backend, lanes, pool, config, matmuls),
         device=device,
         num_rows=num_rows,
-        attention=_attention_by_lane(backend, lanes, pool, config),
     )
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -114,7 +137,7 @@ def bring_up(args: ServerArgs) -> Executor:
         kv_pool=pool,
         num_slots=num_slots,
         num_rows=num_rows,
-        prefill_tokens=_prefill_tokens(args, on_gpu),
+        prefill_tokens=prefill_tokens,
         attention_backend=backend,
         device=device,
     )
@@ -163,22 +186,26 @@ def _log_partitions(lanes: LaneProvider, pdmux: PdmuxConfig | None, device: torc
         )
 
 
-def make_dispatcher(lanes: LaneProvider, pdmux: PdmuxConfig | None, depth: int) -> Dispatcher:
-    """The policy that the flags ask for."""
-    if pdmux is None:
+def make_dispatcher(
+    lanes: LaneProvider, policy: MultiplexPolicy, *, depth: int, chunk_tokens: int
+) -> Dispatcher:
+    """What the flags ask for. chunk_tokens: size of a prefill chunk."""
+    if policy is None:
         return TakeTurns(lanes.table, decode_depth=depth)
+    if isinstance(policy, ChunkedSteps):
+        return Chunked(lanes.table, policy.step_tokens or chunk_tokens, decode_depth=depth)
     splits = lanes.table.splits
-    thresholds = even_thresholds(len(splits), pdmux.decode_bs_divisor)
-    if pdmux.manual_divisions:
+    thresholds = even_thresholds(len(splits), policy.decode_bs_divisor)
+    if policy.manual_divisions:
         # Rows whose shares were rounded to the same split: the smallest threshold counts.
         by_share: dict[int, int] = {}
-        for row in pdmux.manual_divisions:
+        for row in policy.manual_divisions:
             by_share.setdefault(lanes.granted[row.decode_sms], row.min_decode_reqs)
         thresholds = tuple(by_share[split.decode_sms] for split in splits)
     return SplitByBatchSize(
         lanes.table,
         thresholds,
-        layer_token_budget=pdmux.split_forward_token_budget,
+        layer_token_budget=policy.split_forward_token_budget,
         decode_depth=depth,
     )
 
@@ -237,17 +264,6 @@ def _room_bytes(args: ServerArgs, device: torch.device) -> float:
     return free_bytes - (1 - fraction) * total_bytes
 
 
-def _attention_backend(args: ServerArgs, config: ModelConfig, device: torch.device) -> str:
-    if args.attention_backend != "auto":
-        return args.attention_backend
-    if device.type == "cpu":
-        return "torch_native"
-    from sglang.srt.layers.attention.flashinfer_backend import is_installed
-
-    half = config.dtype in (torch.bfloat16, torch.float16)
-    return "flashinfer" if half and shutil.which("nvcc") and is_installed() else "triton"
-
-
 def _capture_graphs(
     args: ServerArgs,
     runner: ModelRunner,
@@ -263,41 +279,14 @@ def _capture_graphs(
     decode_lanes = [lanes.lane(Phase.DECODE, lanes.table[i]) for i in range(len(lanes.table))]
     attention = TritonAttention(pool, config, num_sms=lanes.table.total_sms)
     attention.reserve(max(sizes), config.context_length)
-    graphs = DecodeGraphs(runner.model, attention, runner.slot_table, runner.relay, sizes)
+    torch.cuda.synchronize(pool.keys.device)  # its counters are zero before any lane sees them
+    matmuls = {
+        lane.partition.index: runner.kernels[Phase.DECODE, lane.partition.index].matmul
+        for lane in decode_lanes
+    }
+    graphs = DecodeGraphs(
+        runner.model, pool, attention, matmuls, runner.slot_table, runner.relay, sizes
+    )
     with tqdm(total=len(sizes) * len(decode_lanes), desc="Capturing decode graphs") as bar:
         graphs.capture(decode_lanes, bar.update)
     runner.use_graphs(graphs)
-
-
-def _attention_by_lane(
-    backend: str,
-    lanes: LaneProvider,
-    pool: DeviceKVPool,
-    config: ModelConfig,
-) -> dict[LaneKey, AttentionBackend]:
-    """One backend for every lane, sized for the lane's SMs. The two phases share no scratch."""
-    attention: dict[LaneKey, AttentionBackend] = {}
-    for phase in Phase:
-        make = _attention_maker(backend, pool, config)
-        for index in range(len(lanes.table)):
-            attention[phase, index] = make(lanes.lane(phase, lanes.table[index]).sms)
-    return attention
-
-
-def _attention_maker(
-    backend: str, pool: DeviceKVPool, config: ModelConfig
-) -> Callable[[int], AttentionBackend]:
-    """Makes the backends of one phase's lanes from their SM counts."""
-    if backend == "torch_native":
-        return lambda sms: TorchNativeAttention(pool, config)
-    if backend == "triton":
-        from sglang.srt.layers.attention.triton_backend import TritonAttention
-
-        return lambda sms: TritonAttention(pool, config, num_sms=sms)
-    from sglang.srt.layers.attention.flashinfer_backend import (
-        WORKSPACE_BYTES,
-        FlashInferAttention,
-    )
-
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.keys.device)
-    return lambda sms: FlashInferAttention(pool, config, sms, workspace)

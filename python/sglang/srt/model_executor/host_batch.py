@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,9 +19,8 @@ from sglang.srt.sampling_params import SamplingParams
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One request whose next token this launch chooses.
+class SampleRow(msgspec.Struct, frozen=True, gc=False):
+    """One request whose next token this launch chooses. A struct: a step makes one a request.
 
     position: index of the token to be sampled, which also seeds its randomness.
     withheld_ids cannot be chosen at positions before withheld_until (min_new_tokens).
@@ -31,6 +31,11 @@ class SampleRow:
     position: int
     withheld_ids: tuple[int, ...] = ()
     withheld_until: int = 0
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the largest logit decides, and nothing else."""
+        return self.sampling.greedy and not self.withheld_ids
 
     def same_wish(self, other: SampleRow) -> bool:
         """Whether both rows sample alike, whatever their position. Cheap, and never wrongly True:
@@ -72,6 +77,11 @@ class HostBatch:
         """Whether it is a decode step and nothing else."""
         return self.decode_reqs == len(self.rows)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the largest logit decides everywhere, and nothing else."""
+        return all(row.takes_likeliest for row in self.samples)
+
 
 class SampleTensors(NamedTuple):
     """Where sampling reads and writes, all [samples] i64: the flattened token whose state is
@@ -80,14 +90,6 @@ class SampleTensors(NamedTuple):
     tokens: torch.Tensor
     rows: torch.Tensor
     positions: torch.Tensor
-
-
-class TableUpdate(NamedTuple):
-    """What of a batch lies outside its forward pass. table_index, table_slots [n] i64."""
-
-    table_index: torch.Tensor
-    table_slots: torch.Tensor
-    samples: SampleTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,9 @@ def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
         seq_lens,
         new_lens,
         new_starts,
-        *outside,
+        table_index,
+        table_slots,
+        *samples,
     ) = _to_device(
         [
             host.input_ids,
@@ -123,11 +127,14 @@ def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
             host.seq_lens,
             host.new_lens,
             starts,
-            *_outside(host),
+            host.table_index,
+            host.table_slots,
+            host.sample_tokens,
+            host.sample_rows,
+            np.asarray([row.position for row in host.samples], dtype=np.int64),
         ],
         slot_table.device,
     )
-    table_index, table_slots, *samples = outside
     forward = ForwardBatch(
         decode_reqs=host.decode_reqs,
         token_slots=token_slots,
@@ -143,15 +150,10 @@ def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
     return DeviceBatch(forward, input_ids, table_index, table_slots, SampleTensors(*samples))
 
 
-def upload_outside(host: HostBatch, device: torch.device) -> TableUpdate:
-    """Like `upload`, only what a captured forward pass does not cover."""
-    table_index, table_slots, *samples = _to_device(_outside(host), device)
-    return TableUpdate(table_index, table_slots, SampleTensors(*samples))
-
-
-def _outside(host: HostBatch) -> list[Ints]:
-    positions = np.asarray([row.position for row in host.samples], dtype=np.int64)
-    return [host.table_index, host.table_slots, host.sample_tokens, host.sample_rows, positions]
+def upload_table_update(host: HostBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Only table_index and table_slots, both [n] i64."""
+    table_index, table_slots = _to_device([host.table_index, host.table_slots], device)
+    return table_index, table_slots
 
 
 def _to_device(parts: list[Ints], device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -12,29 +12,36 @@ Tables on the device, shared by both phases, which write disjoint rows of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from drift_scheduler.lane import Lane, Phase, Work
-from sglang.srt.layers.attention.base import AttentionBackend
-from sglang.srt.layers.sampler import SamplingBatch, Withheld, sample
+from sglang.srt.layers.attention.base import AttentionBackend, KVPool
+from sglang.srt.layers.matmul.base import Matmul
+from sglang.srt.layers.sampler import SamplingBatch, Withheld, likeliest, sample
 from sglang.srt.model_executor.host_batch import (
     DeviceBatch,
     HostBatch,
     SampleRow,
-    SampleTensors,
     upload,
-    upload_outside,
+    upload_table_update,
 )
-from sglang.srt.models.base import CausalLM, HiddenState
+from sglang.srt.models.base import CausalLM, HiddenState, LayerContext
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 
 LaneKey = tuple[Phase, int]
+
+
+class LaneKernels(NamedTuple):
+    """What a lane runs batches with; the attention's scratch is the lane's own."""
+
+    attention: AttentionBackend
+    matmul: Matmul
 
 
 class Run(Protocol):
@@ -59,19 +66,21 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """A model, its tables, and one attention backend (with its scratch) a lane."""
+    """A model, its tables, and the kernels of every lane."""
 
     def __init__(
         self,
         model: CausalLM,
+        kv_pool: KVPool,
+        kernels: Mapping[LaneKey, LaneKernels],
         *,
         device: torch.device,
         num_rows: int,
-        attention: Mapping[LaneKey, AttentionBackend],
     ) -> None:
         self.model = model
+        self.kv_pool = kv_pool
+        self.kernels = kernels
         self.device = device
-        self.attention = attention
         self.graphs: DecodeGraphs | None = None
         self.slot_table = torch.zeros(
             num_rows, model.config.context_length, dtype=torch.int32, device=device
@@ -98,12 +107,22 @@ class ModelRunner:
         self.slot_table.view(-1)[index] = slots.to(torch.int32)
 
     def choose(
-        self, host: HostBatch, state: HiddenState, batch: SampleTensors, result: torch.Tensor
+        self,
+        host: HostBatch,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        result: torch.Tensor,
     ) -> None:
-        """LM head and sampling; tokens go to the relay table and, asynchronously, to `result`."""
-        logits = self.model.logits(state, batch.tokens)
-        tokens = sample(logits, batch.positions, self._sampling_for(host))
-        self.relay[batch.rows] = tokens
+        """Samples; tokens go to the relay table's rows and, asynchronously, to `result`.
+
+        logits [samples, vocab_size]; rows, positions [samples] i64: see SampleTensors.
+        """
+        if host.takes_likeliest:
+            tokens = likeliest(logits)
+        else:
+            tokens = sample(logits, positions, self._sampling_for(host))
+        self.relay[rows] = tokens
         result.copy_(tokens, non_blocking=True)
 
     def new_result(self, batch: HostBatch) -> torch.Tensor:
@@ -127,33 +146,34 @@ class ModelRun:
         self._host = batch
         self._batch: DeviceBatch | None = None
         self._state: HiddenState | None = None
-        self._planned_on: AttentionBackend | None = None
+        self._context: LayerContext | None = None
         self._result = runner.new_result(batch)
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
-        attention = self._runner.attention[lane.phase, lane.partition.index]
-        return lambda: self._run(attention, first, last)
+        kernels = self._runner.kernels[lane.phase, lane.partition.index]
+        return lambda: self._run(kernels, first, last)
 
     def tokens(self) -> list[int]:
         return self._result.tolist()
 
-    def _run(self, attention: AttentionBackend, first: int, last: int) -> None:
+    def _run(self, kernels: LaneKernels, first: int, last: int) -> None:
         runner = self._runner
         if first == 0:
             self._begin()
         batch, state = self._batch, self._state
         assert batch is not None and state is not None, f"slice from layer {first} comes first"
-        if self._planned_on is not attention:
-            attention.plan(batch.forward)
-            self._planned_on = attention
-        state = runner.model.run_layers(
-            state, batch.forward.positions, _attend(attention, batch), first, last
-        )
-        self._state = state
+        context = self._context
+        if context is None or context.attention is not kernels.attention:
+            kernels.attention.plan(batch.forward)
+            context = LayerContext(batch.forward, runner.kv_pool, kernels.attention, kernels.matmul)
+            self._context = context
+        self._state = runner.model.run_layers(state, context, first, last)
         if last == runner.num_layers:
-            self._state = None
             if self._host.samples:
-                runner.choose(self._host, state, batch.samples, self._result)
+                tokens, rows, positions = batch.samples
+                logits = runner.model.logits(self._state, tokens)
+                runner.choose(self._host, logits, rows, positions, self._result)
+            self._batch = self._state = self._context = None
 
     def _begin(self) -> None:
         runner = self._runner
@@ -181,10 +201,16 @@ class GraphedStep:
         return self._result.tolist()
 
     def _run(self, lane: Lane) -> None:
-        batch = upload_outside(self._host, self._runner.device)
-        self._runner.update_slot_table(batch.table_index, batch.table_slots)
-        state = self._graphs.replay(lane, self._host)
-        self._runner.choose(self._host, state, batch.samples, self._result)
+        runner, host = self._runner, self._host
+        assert len(host.samples) == len(host.rows), "a decode step samples every request"
+        # The graph enters the new tokens themselves; more is missing where a request has joined.
+        if len(host.table_index) > len(host.rows):
+            runner.update_slot_table(*upload_table_update(host, runner.device))
+        step = self._graphs.replay(lane, host)
+        if host.takes_likeliest:
+            self._result.copy_(step.tokens, non_blocking=True)
+            return
+        runner.choose(host, step.logits, step.rows, step.positions + 1, self._result)
 
 
 @dataclass(slots=True)
@@ -220,9 +246,3 @@ def _sampling_batch(
             if row.withheld_ids
         ],
     )
-
-
-def _attend(
-    attention: AttentionBackend, batch: DeviceBatch
-) -> Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    return lambda layer, q, k, v: attention.attend(layer, q, k, v, batch.forward)

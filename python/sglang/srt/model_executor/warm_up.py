@@ -1,4 +1,4 @@
-"""Runs every prefill lane once before the first request, so that no request pays for compiling.
+"""Runs every kind of launch once before the first request, so that no request pays for compiling.
 
 Kernels are compiled for the forms of their arguments (a count that 16 divides, or not), and some
 libraries compile or tune on first use; all of them keep the result on disk for the next start.
@@ -12,7 +12,8 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from drift_scheduler.lane import LaneProvider, Phase
+from drift_scheduler.lane import Lane, LaneProvider, Phase
+from sglang.srt.mem_cache.slot_table import PADDING_ROW
 from sglang.srt.model_executor.host_batch import HostBatch, SampleRow
 from sglang.srt.model_executor.model_runner import Runner
 from sglang.srt.sampling_params import SamplingParams
@@ -30,32 +31,41 @@ def warm_up(runner: Runner, lanes: LaneProvider, *, num_slots: int, context_leng
     """Uses slots and rows as if they were free, so it must come before the first request."""
     started_s = time.perf_counter()
     sizes = [count for count in PROMPT_TOKENS if count < min(num_slots, context_length)]
-    prefill = [lanes.lane(Phase.PREFILL, lanes.table[i]) for i in range(len(lanes.table))]
-    with tqdm(total=len(prefill) * len(sizes), desc="Warming up prefill kernels") as bar:
-        for lane in prefill:
+    # Prefill on its lanes; on decode's, a prompt in a step of the whole device.
+    launches: list[tuple[Lane, int]] = [
+        (lanes.lane(Phase.PREFILL, lanes.table[i]), 0) for i in range(len(lanes.table))
+    ]
+    launches.append((lanes.lane(Phase.DECODE, lanes.table.whole), 1))
+    logger.info("Warming up prefill kernels; what is compiled is kept on disk for the next start")
+    with tqdm(total=len(launches) * len(sizes), desc="Warming up prefill kernels") as bar:
+        for lane, decode_reqs in launches:
             for count in sizes:
+                bar.set_postfix_str(f"{lane.phase.value} lane, {lane.sms} SMs, {count} tokens")
                 for wish in WISHES:
-                    run = runner.start(_prompt(count, wish, context_length))
+                    run = runner.start(_batch(count, decode_reqs, wish, context_length))
                     lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
                 bar.update()
     logger.info("Warmed up prefill kernels in %.1f s", time.perf_counter() - started_s)
 
 
-def _prompt(count: int, wish: SamplingParams, context_length: int) -> HostBatch:
-    """One request of `count` tokens on slots 1..count."""
-    tokens = np.arange(count, dtype=np.int64)
-    one = np.ones(1, dtype=np.int64)
+def _batch(count: int, decode_reqs: int, wish: SamplingParams, context_length: int) -> HostBatch:
+    """A prompt of `count` tokens on slots 1..count, behind decodes of one token in scratch."""
+    scratch = np.zeros(decode_reqs, dtype=np.int64)
+    tokens = np.concatenate([scratch, np.arange(count)])
+    slots = np.concatenate([scratch, np.arange(1, count + 1)])
+    lengths = np.concatenate([scratch + 1, [count]])
+    rows = np.concatenate([scratch + PADDING_ROW, [ROW]])
     return HostBatch(
-        decode_reqs=0,
+        decode_reqs=decode_reqs,
         input_ids=np.zeros(count, dtype=np.int64),
         positions=tokens,
-        token_slots=tokens + 1,
-        rows=one * ROW,
-        seq_lens=one * count,
-        new_lens=one * count,
-        table_index=tokens + ROW * context_length,
-        table_slots=tokens + 1,
-        samples=(SampleRow(wish, seed=0, position=count),),
-        sample_tokens=one * (count - 1),
-        sample_rows=one * ROW,
+        token_slots=slots,
+        rows=rows,
+        seq_lens=lengths,
+        new_lens=lengths,
+        table_index=np.repeat(rows, lengths) * context_length + tokens,
+        table_slots=slots,
+        samples=tuple(SampleRow(wish, seed=0, position=int(n)) for n in lengths),
+        sample_tokens=np.cumsum(lengths) - 1,
+        sample_rows=rows,
     )

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
+from sglang.srt.layers.attention.base import AttentionBackend, KVPool
+from sglang.srt.layers.linear import Linear
+from sglang.srt.layers.matmul.base import Matmul
 from sglang.srt.model_config import ModelConfig
+from sglang.srt.model_executor.forward_batch import ForwardBatch
 
-# attend(layer, q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim]) -> like q
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """What a layer needs beside its weights and its input: the batch, and a lane's kernels."""
+
+    batch: ForwardBatch
+    kv_pool: KVPool
+    attention: AttentionBackend
+    matmul: Matmul
 
 
 class HiddenState(NamedTuple):
@@ -21,6 +33,13 @@ class HiddenState(NamedTuple):
 
     hidden: torch.Tensor
     residual: torch.Tensor | None
+
+
+class LayerLinears(NamedTuple):
+    """Matrices of a layer: one of every shape, and those whose product goes through a gate."""
+
+    all: tuple[Linear, ...]
+    gate_ups: tuple[Linear, ...]
 
 
 class CausalLM(Protocol):
@@ -35,16 +54,22 @@ class CausalLM(Protocol):
     def run_layers(
         self,
         state: HiddenState,
-        positions: torch.Tensor,
-        attend: Attend,
+        context: LayerContext,
         first: int,
         last: int,
     ) -> HiddenState:
-        """Runs layers first..last-1. positions [tokens] i64."""
+        """Runs layers first..last-1. context.attention is planned for context.batch."""
         ...
 
-    def logits(self, state: HiddenState, tokens: torch.Tensor) -> torch.Tensor:
-        """Final norm and LM head at the given token indices [n] i64 -> [n, vocab_size] f32."""
+    def logits(
+        self, state: HiddenState, tokens: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Final norm and LM head at the given token indices [n] i64, None for all of them ->
+        [n, vocab_size] in the model's dtype, in `out` if given."""
+        ...
+
+    def layer_linears(self) -> LayerLinears:
+        """What the layers multiply with, for measuring kernels on the like."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

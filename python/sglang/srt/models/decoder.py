@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from sgl_kernel.elementwise_ref import HeadNorm
-from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.norm import add_rms_norm, rms_norm
-from sglang.srt.layers.rope import build_rotation, rotate_heads
+from sglang.srt.layers.rope import build_rotation, rotate_and_store
 from sglang.srt.model_config import ModelConfig
-from sglang.srt.models.base import Attend, HiddenState
+from sglang.srt.models.base import HiddenState, LayerContext, LayerLinears
 from sglang.srt.models.decoder_weights import (
     LayerWeights,
     allocate_weights,
@@ -41,26 +40,36 @@ class Decoder:
     def run_layers(
         self,
         state: HiddenState,
-        positions: torch.Tensor,
-        attend: Attend,
+        context: LayerContext,
         first: int,
         last: int,
     ) -> HiddenState:
-        """Runs layers first..last-1. positions [tokens] i64, below config.context_length."""
+        """Runs layers first..last-1. Positions are below config.context_length."""
         for index in range(first, last):
-            state = self._layer(index, self._weights.layers[index], state, positions, attend)
+            state = self._layer(index, self._weights.layers[index], state, context)
         return state
 
-    def logits(self, state: HiddenState, tokens: torch.Tensor) -> torch.Tensor:
-        """Final norm and LM head at the given token indices [n] i64 -> [n, vocab_size] f32."""
+    def logits(
+        self, state: HiddenState, tokens: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See CausalLM.logits."""
         weight, eps = self._weights.final_norm, self.config.rms_norm_eps
-        hidden = state.hidden.index_select(0, tokens)
-        if state.residual is None:
+        hidden, residual = state
+        if tokens is not None:
+            hidden = hidden.index_select(0, tokens)
+            residual = None if residual is None else residual.index_select(0, tokens)
+        if residual is None:
             normed = rms_norm(hidden, weight, eps)
         else:
-            residual = state.residual.index_select(0, tokens)
             normed, _ = add_rms_norm(hidden, residual, weight, eps)
-        return linear(normed, self._weights.lm_head).float()
+        return torch.matmul(normed, self._weights.lm_head.t(), out=out)
+
+    def layer_linears(self) -> LayerLinears:
+        """See CausalLM.layer_linears."""
+        layer = self._weights.layers[0]
+        return LayerLinears(
+            (layer.qkv, layer.output, layer.gate_up, layer.down), gate_ups=(layer.gate_up,)
+        )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Takes (Hugging Face parameter name, tensor) pairs, one at a time, any order.
@@ -78,8 +87,7 @@ class Decoder:
         index: int,
         weights: LayerWeights,
         state: HiddenState,
-        positions: torch.Tensor,
-        attend: Attend,
+        context: LayerContext,
     ) -> HiddenState:
         eps = self.config.rms_norm_eps
         if state.residual is None:
@@ -87,34 +95,33 @@ class Decoder:
             hidden = rms_norm(residual, weights.input_norm, eps)
         else:
             hidden, residual = add_rms_norm(state.hidden, state.residual, weights.input_norm, eps)
-        hidden = self._attention(index, weights, hidden, positions, attend)
+        hidden = self._attention(index, weights, hidden, context)
         hidden, residual = add_rms_norm(hidden, residual, weights.post_attention_norm, eps)
-        hidden = weights.down(silu_and_mul(weights.gate_up(hidden)))
+        activated = context.matmul.gate_up_silu(hidden, weights.gate_up)
+        hidden = context.matmul(activated, weights.down)
         return HiddenState(hidden, residual)
 
     def _attention(
-        self,
-        index: int,
-        weights: LayerWeights,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        attend: Attend,
+        self, index: int, weights: LayerWeights, hidden: torch.Tensor, context: LayerContext
     ) -> torch.Tensor:
-        config = self.config
+        config, batch = self.config, context.batch
         num_tokens = hidden.shape[0]
         norm = None
         if weights.q_norm is not None and weights.k_norm is not None:
             norm = HeadNorm(weights.q_norm, weights.k_norm, config.rms_norm_eps)
-        # [tokens, q heads | k heads | v heads, head_dim], ours alone: rotated where it lies.
-        heads = weights.qkv(hidden).view(num_tokens, -1, config.head_dim)
-        rotate_heads(
+        # [tokens, q heads | k heads | v heads, head_dim], ours alone: k is rotated where it lies.
+        heads = context.matmul(hidden, weights.qkv).view(num_tokens, -1, config.head_dim)
+        keys, values = context.kv_pool.layer(index)
+        q = rotate_and_store(
             heads,
             self._rotation,
-            positions,
+            batch.positions,
+            keys,
+            values,
+            batch.token_slots,
             num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
             norm=norm,
         )
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-        attended = attend(index, q, k, v)
-        return weights.output(attended.reshape(num_tokens, -1))
+        k, v = heads[:, config.num_heads :].split(config.num_kv_heads, dim=1)
+        attended = context.attention.attend(index, q, k, v, batch)
+        return context.matmul(attended.view(num_tokens, -1), weights.output)

@@ -21,7 +21,10 @@ class Load:
 
 
 class SchedulerLog:
-    """One line a prefill batch, one line every `decode_interval` decode steps."""
+    """One line a launch that fills prompts, one line every `decode_interval` decode steps.
+
+    A fused step is both, counted by its prompts here and by its running requests there.
+    """
 
     def __init__(self, decode_interval: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._decode_interval = decode_interval

@@ -40,9 +40,10 @@ class AttentionBackend(Protocol):
         v: torch.Tensor,
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        """Stores k and v in the pool at batch.token_slots, then attends.
+        """Attends; k and v lie in the pool at batch.token_slots already.
 
-        q [tokens, q_heads, head_dim]; k, v [tokens, kv_heads, head_dim], model dtype.
-        Returns [tokens, q_heads, head_dim]. Never synchronises with the host.
+        q [tokens, q_heads, head_dim] contiguous; k, v [tokens, kv_heads, head_dim], strided over
+        tokens, for who can use the new ones as they are. All of the model's dtype.
+        Returns [tokens, q_heads, head_dim] contiguous. Never synchronises with the host.
         """
         ...

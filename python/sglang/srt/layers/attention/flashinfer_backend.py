@@ -1,20 +1,25 @@
-"""FlashInferAttention: FlashInfer's paged prefill, our split-KV kernel for single tokens.
+"""FlashInferAttention: FlashInfer's prefill, our split-KV kernel for requests that decode.
 
-FlashInfer plans on the host once a batch and then runs every layer. It compiles its kernels on
-first use, which takes nvcc and one or two minutes, and keeps them on disk.
+FlashInfer compiles its kernels when they are first needed, which takes nvcc and one or two
+minutes, and keeps them on disk.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import torch
 
-from sgl_kernel.kv_store import store_kv
 from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention.base import KVPool
-from sglang.srt.layers.attention.triton_backend import TritonAttention
+from sglang.srt.layers.attention.decode_rows import DecodeRows
+from sglang.srt.layers.attention.flashinfer_module import HEAD_DIMS, load_fa3
+from sglang.srt.layers.attention.flashinfer_prefill import (
+    LanePrefill,
+    Prefill,
+    PrefillRequests,
+    WrapperPrefill,
+)
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.forward_batch import ForwardBatch
 
@@ -35,7 +40,8 @@ class FlashInferAttention:
     """One lane's attention.
 
     workspace [WORKSPACE_BYTES] u8 may be shared by lanes that never run at the same time, such as
-    the prefill lanes of different partitions; the two phases need one each.
+    the prefill lanes of different partitions; the two phases need one each. On Hopper it stays
+    unused, since work lists belong to the plan that made them.
     """
 
     name = "flashinfer"
@@ -43,7 +49,10 @@ class FlashInferAttention:
     def __init__(
         self, kv_pool: KVPool, config: ModelConfig, num_sms: int, workspace: torch.Tensor
     ) -> None:
-        """Raises ConfigError if FlashInfer is absent or does not take the model's dtype."""
+        """Loads the kernels, which compiles them if this machine never did.
+
+        Raises ConfigError if FlashInfer is absent or does not take the model's dtype.
+        """
         if config.dtype not in _DTYPES:
             raise ConfigError(
                 f"--attention-backend flashinfer takes bfloat16 and float16, not {config.dtype}"
@@ -52,42 +61,27 @@ class FlashInferAttention:
             raise ConfigError(
                 "--attention-backend flashinfer: pip install flashinfer-python, or take triton"
             )
-        from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
-
-        keys, _ = kv_pool.layer(0)
-        on_hopper = torch.cuda.get_device_capability(keys.device) == (9, 0)
-        self._wrapper: Any = BatchPrefillWithPagedKVCacheWrapper(
-            workspace, "NHD", backend="fa3" if on_hopper else "fa2"
-        )
-        self._kv_pool = kv_pool
-        self._config = config
-        self._single_tokens = TritonAttention(kv_pool, config, num_sms)
-        self._all_single = False
+        self._decode = DecodeRows(kv_pool, config, num_sms)
+        self._prefill = _prefill(kv_pool, config, num_sms, workspace)
+        self._decode_reqs = 0
+        self._has_prefill = False
 
     def plan(self, batch: ForwardBatch) -> None:
         """See AttentionBackend.plan. Reads lengths on the host only."""
-        self._all_single = max(batch.new_lens_host, default=0) <= 1
-        if self._all_single:
-            self._single_tokens.plan(batch)
-            return
-        config = self._config
-        lengths = batch.seq_lens_host
-        table = batch.slot_table.index_select(0, batch.rows)
-        slots = torch.cat([table[i, :length] for i, length in enumerate(lengths)])
-        self._wrapper.plan(
-            _starts(batch.new_lens_host),
-            _starts(lengths),
-            slots,
-            torch.ones(len(lengths), dtype=torch.int32),
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            1,
-            causal=True,
-            q_data_type=config.dtype,
-            kv_data_type=config.dtype,
-            non_blocking=True,
-        )
+        first = batch.decode_reqs
+        self._decode_reqs = first
+        self._has_prefill = batch.num_reqs > first
+        if first:
+            self._decode.plan(batch)
+        if self._has_prefill:
+            self._prefill.plan(
+                PrefillRequests(
+                    rows=batch.rows[first:],
+                    new_lens=batch.new_lens_host[first:],
+                    seq_lens=batch.seq_lens_host[first:],
+                    slot_table=batch.slot_table,
+                )
+            )
 
     def attend(
         self,
@@ -98,18 +92,24 @@ class FlashInferAttention:
         batch: ForwardBatch,
     ) -> torch.Tensor:
         """See AttentionBackend.attend."""
-        if self._all_single:
-            return self._single_tokens.attend(layer, q, k, v, batch)
-        keys, values = self._kv_pool.layer(layer)
-        store_kv(k, v, keys, values, batch.token_slots)
-        out: torch.Tensor = self._wrapper.run(
-            q.contiguous(), (keys.unsqueeze(1), values.unsqueeze(1))
-        )
+        out = torch.empty_like(q)
+        first = self._decode_reqs
+        if not first:
+            self._prefill.attend(layer, q, k, v, out)
+            return out
+        self._decode.attend(layer, q, out)
+        if self._has_prefill:
+            self._prefill.attend(layer, q[first:], k[first:], v[first:], out[first:])
         return out
 
 
-def _starts(lengths: list[int]) -> torch.Tensor:
-    """Prefix sums [n + 1] i32 on the host, pinned so that their copy does not wait."""
-    sums = torch.zeros(len(lengths) + 1, dtype=torch.int32, pin_memory=True)
-    sums[1:] = torch.tensor(lengths).cumsum(0)
-    return sums
+def _prefill(
+    kv_pool: KVPool, config: ModelConfig, num_sms: int, workspace: torch.Tensor
+) -> Prefill:
+    device = kv_pool.layer(0)[0].device
+    if torch.cuda.get_device_capability(device) != (9, 0) or config.head_dim not in HEAD_DIMS:
+        return WrapperPrefill(kv_pool, config, workspace, "fa2")
+    module = load_fa3(config.dtype, config.head_dim, device)
+    if module is None:
+        return WrapperPrefill(kv_pool, config, workspace, "fa3")
+    return LanePrefill(kv_pool, config, num_sms, module)

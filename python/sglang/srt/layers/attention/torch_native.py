@@ -73,11 +73,9 @@ class TorchNativeAttention:
         v: torch.Tensor,
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        """See AttentionBackend.attend. The pool may be of another dtype than q, k and v."""
+        """See AttentionBackend.attend. The pool may be of another dtype than q."""
         assert self._plan is not None, "plan() must be called before attend()"
         keys, values = self._kv_pool.layer(layer)
-        keys.index_copy_(0, batch.token_slots, k.to(keys.dtype))
-        values.index_copy_(0, batch.token_slots, v.to(values.dtype))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for request in self._plan.requests:
             request_keys = keys.index_select(0, request.slots).to(q.dtype).transpose(0, 1)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sgl_kernel.decode_attention import DecodeScratch, chunks_needed, decode_attention, num_chunks
-from sgl_kernel.kv_store import store_kv
+from sgl_kernel.decode_attention import DecodeScratch, chunks_needed, decode_attention, most_chunks
 from sgl_kernel.paged_batch import PagedBatch
 from sgl_kernel.prefill_attention import prefill_attention
 from sglang.srt.errors import ConfigError
@@ -25,7 +24,6 @@ class _Plan:
     a decode row gets the same bits alone as in a batch that also carries a prefill."""
 
     has_decode: bool
-    max_seq_len: int
     max_new_tokens: int
 
 
@@ -69,7 +67,7 @@ class TritonAttention:
         batch whose seq_lens_host has the longest length that it will ever replay.
         """
         assert not self._scratch_is_fixed, "reserve() may be called once"
-        self._scratch = self._allocate_scratch(max_reqs * num_chunks(max_seq_len))
+        self._scratch = self._allocate_scratch(max_reqs * most_chunks(max_seq_len))
         self._scratch_is_fixed = True
 
     def plan(self, batch: ForwardBatch) -> None:
@@ -89,7 +87,6 @@ class TritonAttention:
             self._scratch = self._allocate_scratch(max(chunks, 2 * self._scratch.chunks))
         self._plan = _Plan(
             has_decode=bool(decode_lens),
-            max_seq_len=max(decode_lens, default=0),
             max_new_tokens=max(batch.new_lens_host, default=0),
         )
 
@@ -101,11 +98,10 @@ class TritonAttention:
         v: torch.Tensor,
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        """See AttentionBackend.attend. q, k and v may be strided over tokens and heads."""
+        """See AttentionBackend.attend."""
         plan = self._plan
         assert plan is not None, "plan() must be called before attend()"
         keys, values = self._kv_pool.layer(layer)
-        store_kv(k, v, keys, values, batch.token_slots)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         paged = PagedBatch(batch.slot_table, batch.rows, batch.seq_lens, batch.new_starts)
         if plan.has_decode:
@@ -118,7 +114,6 @@ class TritonAttention:
                 self._scratch,
                 scale=self._scale,
                 num_sms=self.num_sms,
-                max_seq_len=plan.max_seq_len,
             )
         if plan.max_new_tokens > 1:
             prefill_attention(

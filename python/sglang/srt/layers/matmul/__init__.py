@@ -1,0 +1,1 @@
+"""Matrix products of a model's linear layers, by lane."""
