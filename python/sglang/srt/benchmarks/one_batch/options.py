@@ -36,6 +36,8 @@ _WITHOUT = (
     "disable_radix_cache",
     "disable_overlap_schedule",
     "enable_pdmux",
+    "enable_mixed_chunk",
+    "pd_multiplex_policy",
     "pdmux_config_path",
     "sm_group_num",
     "watchdog_timeout",
