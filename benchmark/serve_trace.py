@@ -1,4 +1,4 @@
-"""Replays a trace against a fresh server and appends one JSON line with what happened.
+"""Replays a trace against a fresh server, once for each rate, and appends a JSON line for each.
 
     python -m benchmark.serve_trace --model benchmark/models/llama-3.1-8b --trace TRACE.jsonl.gz \\
         --rate 1 --seconds 60 --out benchmark/results/serving_h100.jsonl
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,11 @@ class TraceLoad:
         ]
 
 
-def run(model: Path, load: TraceLoad, server_flags: Sequence[str]) -> dict[str, Any]:
-    """The measured run as one JSON object. Raises ServerError if the server fails."""
+def run(
+    model: Path, loads: Sequence[TraceLoad], server_flags: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Each measured load as one JSON object, one after the other on one server, whose cache is
+    emptied before each. Raises ServerError if the server fails."""
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     flags = ["--load-format=dummy", "--skip-tokenizer-init", *server_flags]
     server = ServerProcess(model, flags)
@@ -76,18 +79,19 @@ def run(model: Path, load: TraceLoad, server_flags: Sequence[str]) -> dict[str, 
         warm_up = ["--dataset-name=random-ids", f"--num-prompts={WARM_UP_REQUESTS}"]
         warm_up += ["--random-input-len=8192", "--random-output-len=16", "--random-range-ratio=1"]
         _bench([*client, *warm_up], START_LIMIT_S)
-        before = _lanes(server.base_url)
-        result = _bench(
-            [*client, *load.bench_flags(), "--flush-cache"], load.seconds + DRAIN_LIMIT_S
-        )
-        after = _lanes(server.base_url)
+        for load in loads:
+            before = _lanes(server.base_url)
+            result = _bench(
+                [*client, *load.bench_flags(), "--flush-cache"], load.seconds + DRAIN_LIMIT_S
+            )
+            after = _lanes(server.base_url)
+            yield _row(model, load, flags, ready_s, result, before, after)
         server.stop(STOP_LIMIT_S)
     except Exception:
         print(server.log_tail(), file=sys.stderr)
         raise
     finally:
         server.kill()
-    return _row(model, load, flags, ready_s, result, before, after)
 
 
 def _bench(flags: Sequence[str], limit_s: float) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def _row(
 ) -> dict[str, Any]:
     busy_s = {
         name: after[name] - before[name]
-        for name in ("prefill_busy_s", "decode_busy_s", "both_busy_s")
+        for name in ("prefill_busy_s", "decode_busy_s", "both_busy_s", "fused_busy_s")
     }
     launches = {
         _partition_name(new): new["launches"] - old["launches"]
@@ -182,7 +186,7 @@ def summary(row: dict[str, Any]) -> str:
             f"attainment {row['attainment']:.2f}",
             f"  prefill lane busy {row['prefill_busy_s']:.1f} s, decode lane "
             f"{row['decode_busy_s']:.1f} s, both at once {row['both_busy_s']:.1f} s "
-            f"({row['both_busy_share']:.0%} of the run)",
+            f"({row['both_busy_share']:.0%} of the run); fused steps {row['fused_busy_s']:.1f} s",
         ]
     )
 
@@ -206,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
     parser.add_argument("server_flags", nargs="*", help="flags of the server, behind --")
     given = parser.parse_args(argv)
-    for rate in given.rate:
-        load = TraceLoad(
+    loads = [
+        TraceLoad(
             given.trace,
             rate,
             given.seconds,
@@ -216,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=given.seed,
             tbt_ms=given.tbt_ms,
         )
-        row = run(given.model, load, given.server_flags)
+        for rate in given.rate
+    ]
+    for row in run(given.model, loads, given.server_flags):
         append(row, given.out)
         print(summary(row), flush=True)
     return 0

@@ -210,6 +210,16 @@ def _cut_at(
 
 
 @triton.jit
+def _even_teams(teams, reqs):
+    """How many teams share the line: as many for each request, if nearly all then have work.
+
+    Requests of like length are then cut where they meet, if at all: nothing has to be merged.
+    """
+    even = teams // tl.maximum(reqs, 1) * reqs
+    return tl.where(even * 10 >= teams * 9, even, teams)
+
+
+@triton.jit
 def _merge(
     out_row,
     acc_scratch,
@@ -315,7 +325,7 @@ def _decode_kernel(
     # Neighbouring programs read neighbouring heads of the same tokens at about the same time.
     kv_head = tl.program_id(0) % KV_HEADS
     team = tl.program_id(0) // KV_HEADS
-    teams = tl.num_programs(0) // KV_HEADS
+    teams = _even_teams(tl.num_programs(0) // KV_HEADS, tl.sum(decoding.to(tl.int32), axis=0))
     share = num_blocks // teams
     spare = num_blocks % teams
     begin = _cut_at(

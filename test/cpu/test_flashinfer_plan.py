@@ -14,7 +14,13 @@ import torch
 
 from sglang.srt.layers.attention import flashinfer_module
 from sglang.srt.layers.attention.flashinfer_module import DeviceWork, Fa3Module, load_fa3
-from sglang.srt.layers.attention.flashinfer_plan import Heads, PrefillShape, deal, pack
+from sglang.srt.layers.attention.flashinfer_plan import (
+    Heads,
+    PrefillShape,
+    deal,
+    max_items,
+    pack,
+)
 
 TILE = 128
 DEVICE_SMS = 132
@@ -338,3 +344,31 @@ def test_kernels_that_agree_are_taken(fake_flashinfer, monkeypatch):
     fake_flashinfer("0.6.14")
     monkeypatch.setattr(flashinfer_module, "_trial_error", lambda *args: 1e-3)
     assert isinstance(load(), Fa3Module)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_with_a_capacity_the_layout_is_the_same_for_every_batch(name):
+    lengths = BATCHES[name]
+    tokens = sum(new for new, _ in lengths)
+    capacity = max_items(tokens, len(lengths), LLAMA.num_heads, TILE)
+    work = dealt(lengths, 132)
+    assert len(work.tiles) <= capacity
+    packed = pack(work, capacity)
+    empty = pack(
+        deal(PrefillShape([], [], []), LLAMA, tile_rows=TILE, num_sms=132, num_ctas=132), capacity
+    )
+    assert packed.info == empty.info
+    assert len(packed.ints) == len(empty.ints)
+    assert not empty.ints.any(), "without requests no CTA has work"
+    starts = packed.info[2] // 4
+    assert packed.ints[starts : starts + len(work.kv_starts)].tolist() == work.kv_starts.tolist()
+
+
+def test_new_tokens_may_begin_behind_other_rows():
+    lengths = BATCHES["odd"]
+    shape = shape_of(lengths)
+    options = {"tile_rows": TILE, "num_sms": 100, "num_ctas": DEVICE_SMS}
+    at_zero = deal(shape, LLAMA, **options)
+    behind = deal(shape._replace(first_token=7), LLAMA, **options)
+    assert (behind.token_starts - at_zero.token_starts == 7).all()
+    assert (behind.kv_starts == at_zero.kv_starts).all()

@@ -19,7 +19,7 @@ def test_mooncake_conversation_at_one_request_a_second(mooncake_trace, results_d
     load = TraceLoad(
         mooncake_trace, rate=1.0, seconds=60.0, max_input_len=MAX_INPUT_LEN, min_turns=2
     )
-    row = run(MODEL, load, ["--enable-pd-multiplex"])
+    (row,) = run(MODEL, [load], ["--enable-pd-multiplex"])
     append(row, results_dir / "serving_h100.jsonl")
     print("\n" + summary(row))
     assert row["failed"] == 0

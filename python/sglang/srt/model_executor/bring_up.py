@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from drift_scheduler.dispatcher import (
     Chunked,
@@ -16,7 +15,7 @@ from drift_scheduler.dispatcher import (
     TakeTurns,
     even_thresholds,
 )
-from drift_scheduler.lane import LaneProvider, Phase
+from drift_scheduler.lane import LaneProvider
 from drift_scheduler.partition import PartitionError
 from sglang.srt.errors import ConfigError
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
@@ -121,7 +120,16 @@ def bring_up(args: ServerArgs) -> Executor:
         torch.cuda.synchronize(device)
         warm_up(runner, lanes, num_slots=num_slots, context_length=config.context_length)
         if backend != "torch_native" and not args.disable_cuda_graph:
-            _capture_graphs(args, runner, lanes, pool, max_reqs=num_rows - 1)
+            from sglang.srt.model_executor.graph_capture import capture_graphs
+
+            capture_graphs(
+                runner,
+                lanes,
+                pool,
+                max_reqs=min(args.cuda_graph_max_bs or num_rows, num_rows - 1),
+                max_tokens=prefill_tokens,
+                fuses=isinstance(policy, ChunkedSteps),
+            )
     logger.info(
         "KV pool: %d tokens, %.2f GB; attention: %s; up to %d requests at once",
         num_slots - args.page_size,
@@ -262,31 +270,3 @@ def _room_bytes(args: ServerArgs, device: torch.device) -> float:
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     fraction = args.mem_fraction_static or GPU_MEM_FRACTION
     return free_bytes - (1 - fraction) * total_bytes
-
-
-def _capture_graphs(
-    args: ServerArgs,
-    runner: ModelRunner,
-    lanes: LaneProvider,
-    pool: DeviceKVPool,
-    max_reqs: int,
-) -> None:
-    from sglang.srt.layers.attention.triton_backend import TritonAttention
-    from sglang.srt.model_executor.decode_graphs import DecodeGraphs, default_sizes
-
-    sizes = default_sizes(min(args.cuda_graph_max_bs or max_reqs, max_reqs))
-    config = runner.model.config
-    decode_lanes = [lanes.lane(Phase.DECODE, lanes.table[i]) for i in range(len(lanes.table))]
-    attention = TritonAttention(pool, config, num_sms=lanes.table.total_sms)
-    attention.reserve(max(sizes), config.context_length)
-    torch.cuda.synchronize(pool.keys.device)  # its counters are zero before any lane sees them
-    matmuls = {
-        lane.partition.index: runner.kernels[Phase.DECODE, lane.partition.index].matmul
-        for lane in decode_lanes
-    }
-    graphs = DecodeGraphs(
-        runner.model, pool, attention, matmuls, runner.slot_table, runner.relay, sizes
-    )
-    with tqdm(total=len(sizes) * len(decode_lanes), desc="Capturing decode graphs") as bar:
-        graphs.capture(decode_lanes, bar.update)
-    runner.use_graphs(graphs)

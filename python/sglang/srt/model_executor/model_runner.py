@@ -33,6 +33,7 @@ from sglang.srt.models.base import CausalLM, HiddenState, LayerContext
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.decode_graphs import DecodeGraphs
+    from sglang.srt.model_executor.prefill_graphs import PrefillGraphs
 
 LaneKey = tuple[Phase, int]
 
@@ -82,6 +83,7 @@ class ModelRunner:
         self.kernels = kernels
         self.device = device
         self.graphs: DecodeGraphs | None = None
+        self.prefill_graphs: dict[LaneKey, PrefillGraphs] = {}
         self.slot_table = torch.zeros(
             num_rows, model.config.context_length, dtype=torch.int32, device=device
         )
@@ -101,6 +103,10 @@ class ModelRunner:
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """From now on decode steps that fit replay a graph. Before that, all run eagerly."""
         self.graphs = graphs
+
+    def use_prefill_graphs(self, graphs: Mapping[LaneKey, PrefillGraphs]) -> None:
+        """From now on short batches that prefill replay a graph where their lane has one."""
+        self.prefill_graphs = dict(graphs)
 
     def update_slot_table(self, index: torch.Tensor, slots: torch.Tensor) -> None:
         """index [n] i64 into the flattened table, slots [n]."""
@@ -150,16 +156,30 @@ class ModelRun:
         self._result = runner.new_result(batch)
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
-        kernels = self._runner.kernels[lane.phase, lane.partition.index]
+        key = lane.phase, lane.partition.index
+        graphs = self._runner.prefill_graphs.get(key)
+        whole = (first, last) == (0, self._runner.num_layers)
+        if graphs is not None and whole and self._fits(graphs):
+            return lambda: self._replay(graphs)
+        kernels = self._runner.kernels[key]
         return lambda: self._run(kernels, first, last)
 
     def tokens(self) -> list[int]:
         return self._result.tolist()
 
+    def _fits(self, graphs: PrefillGraphs) -> bool:
+        host = self._host
+        return graphs.takes(len(host.token_slots), len(host.rows), host.decode_reqs)
+
+    def _replay(self, graphs: PrefillGraphs) -> None:
+        batch, input_ids = self._begin()
+        self._finish(batch, graphs.replay(input_ids, batch.forward))
+
     def _run(self, kernels: LaneKernels, first: int, last: int) -> None:
         runner = self._runner
         if first == 0:
-            self._begin()
+            self._batch, input_ids = self._begin()
+            self._state = runner.model.embed(input_ids)
         batch, state = self._batch, self._state
         assert batch is not None and state is not None, f"slice from layer {first} comes first"
         context = self._context
@@ -169,19 +189,23 @@ class ModelRun:
             self._context = context
         self._state = runner.model.run_layers(state, context, first, last)
         if last == runner.num_layers:
-            if self._host.samples:
-                tokens, rows, positions = batch.samples
-                logits = runner.model.logits(self._state, tokens)
-                runner.choose(self._host, logits, rows, positions, self._result)
+            self._finish(batch, self._state)
             self._batch = self._state = self._context = None
 
-    def _begin(self) -> None:
+    def _finish(self, batch: DeviceBatch, state: HiddenState) -> None:
+        """Chooses the tokens that the batch is to yield."""
+        if self._host.samples:
+            tokens, rows, positions = batch.samples
+            logits = self._runner.model.logits(state, tokens)
+            self._runner.choose(self._host, logits, rows, positions, self._result)
+
+    def _begin(self) -> tuple[DeviceBatch, torch.Tensor]:
+        """The batch on the device, its slots in the table, and the ids of all its tokens."""
         runner = self._runner
         batch = upload(self._host, runner.slot_table)
         runner.update_slot_table(batch.table_index, batch.table_slots)
         decoding = batch.forward.rows[: self._host.decode_reqs]
-        input_ids = torch.cat([runner.relay[decoding], batch.input_ids])
-        self._batch, self._state = batch, runner.model.embed(input_ids)
+        return batch, torch.cat([runner.relay[decoding], batch.input_ids])
 
 
 class GraphedStep:

@@ -7,6 +7,7 @@ import torch
 from sgl_kernel.decode_attention import DecodeScratch, chunks_needed, decode_attention
 from sgl_kernel.paged_batch import PagedBatch
 from sglang.srt.layers.attention.base import KVPool
+from sglang.srt.mem_cache.slot_table import PADDING_ROW
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.forward_batch import ForwardBatch
 
@@ -27,10 +28,26 @@ class DecodeRows:
         self._device = keys.device
         self._scratch = self._allocate(0)
         self._requests: PagedBatch | None = None
+        self._is_reserved = False
+
+    def reserve(self, max_reqs: int, scratch: DecodeScratch, slot_table: torch.Tensor) -> None:
+        """From now on launches of any planned batch of up to max_reqs take the same arguments, so
+        that a graph of them serves all. scratch: room for all; nothing else may run on it."""
+        self._scratch = scratch
+        self._requests = PagedBatch(
+            slot_table,
+            torch.full((max_reqs,), PADDING_ROW, dtype=torch.int64, device=self._device),
+            torch.zeros(max_reqs, dtype=torch.int32, device=self._device),
+            torch.zeros(max_reqs + 1, dtype=torch.int32, device=self._device),
+        )
+        self._is_reserved = True
 
     def plan(self, batch: ForwardBatch) -> None:
         """Takes the first batch.decode_reqs requests. Grows the scratch if need be; launches
         nothing."""
+        if self._is_reserved:
+            self._refill(batch)
+            return
         count = batch.decode_reqs
         lengths = batch.seq_lens_host[:count]
         chunks = chunks_needed(lengths)
@@ -44,6 +61,16 @@ class DecodeRows:
             batch.seq_lens[:count],
             batch.new_starts[: count + 1],
         )
+
+    def _refill(self, batch: ForwardBatch) -> None:
+        """Puts the requests into the reserved tensors. Those behind them have no new token, and
+        the kernel leaves them out."""
+        requests, count = self._requests, batch.decode_reqs
+        assert requests is not None
+        requests.rows[:count].copy_(batch.rows[:count])
+        requests.seq_lens[:count].copy_(batch.seq_lens[:count])
+        requests.new_starts[: count + 1].copy_(batch.new_starts[: count + 1])
+        requests.new_starts[count + 1 :].fill_(count)
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         """Writes the requests' rows of out, which are its first, and no others.

@@ -10,6 +10,7 @@ import importlib
 
 import torch
 
+from sgl_kernel.decode_attention import DecodeScratch
 from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention.base import KVPool
 from sglang.srt.layers.attention.decode_rows import DecodeRows
@@ -61,17 +62,47 @@ class FlashInferAttention:
             raise ConfigError(
                 "--attention-backend flashinfer: pip install flashinfer-python, or take triton"
             )
+        self._made_of = kv_pool, config, num_sms, workspace
         self._decode = DecodeRows(kv_pool, config, num_sms)
         self._prefill = _prefill(kv_pool, config, num_sms, workspace)
-        self._decode_reqs = 0
+        self._has_decode = False
         self._has_prefill = False
+        self._is_reserved = False
+
+    def sibling(self) -> FlashInferAttention:
+        """Another one for the same lane, for launches that run in turn with this one's."""
+        return FlashInferAttention(*self._made_of)
+
+    def reserve(
+        self,
+        max_tokens: int,
+        max_prefill_reqs: int,
+        *,
+        decode: tuple[int, DecodeScratch] | None,
+        slot_table: torch.Tensor,
+    ) -> bool:
+        """From now on launches of any planned batch within these bounds take the same arguments,
+        so that one captured graph serves all; False, and nothing happens, if the kernels cannot.
+
+        decode: most requests that decode in such a batch, and scratch for them; None for none.
+        Every batch planned later must keep within the bounds.
+        """
+        if not isinstance(self._prefill, LanePrefill):
+            return False
+        self._prefill.reserve(max_tokens, max_prefill_reqs)
+        if decode is not None:
+            self._decode.reserve(*decode, slot_table)
+        self._has_decode, self._has_prefill = decode is not None, True
+        self._is_reserved = True
+        return True
 
     def plan(self, batch: ForwardBatch) -> None:
         """See AttentionBackend.plan. Reads lengths on the host only."""
         first = batch.decode_reqs
-        self._decode_reqs = first
-        self._has_prefill = batch.num_reqs > first
-        if first:
+        if not self._is_reserved:
+            self._has_decode = first > 0
+            self._has_prefill = batch.num_reqs > first
+        if self._has_decode:
             self._decode.plan(batch)
         if self._has_prefill:
             self._prefill.plan(
@@ -80,6 +111,7 @@ class FlashInferAttention:
                     new_lens=batch.new_lens_host[first:],
                     seq_lens=batch.seq_lens_host[first:],
                     slot_table=batch.slot_table,
+                    first_token=first,
                 )
             )
 
@@ -93,13 +125,10 @@ class FlashInferAttention:
     ) -> torch.Tensor:
         """See AttentionBackend.attend."""
         out = torch.empty_like(q)
-        first = self._decode_reqs
-        if not first:
-            self._prefill.attend(layer, q, k, v, out)
-            return out
-        self._decode.attend(layer, q, out)
+        if self._has_decode:
+            self._decode.attend(layer, q, out)
         if self._has_prefill:
-            self._prefill.attend(layer, q[first:], k[first:], v[first:], out[first:])
+            self._prefill.attend(layer, q, k, v, out)
         return out
 
 

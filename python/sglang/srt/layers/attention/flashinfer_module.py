@@ -69,12 +69,14 @@ class DeviceWork:
     info: list[int]
 
 
-def upload(packed: PackedWork, device: torch.device) -> DeviceWork:
-    """One asynchronous copy on the current stream. The pinned memory is the copy's own: a later
-    plan cannot overwrite it before the copy has run."""
+def upload(packed: PackedWork, target: torch.Tensor | torch.device) -> DeviceWork:
+    """One asynchronous copy on the current stream, to a new tensor or into the one given. The
+    pinned memory is the copy's own: a later plan cannot overwrite it before the copy has run."""
     pinned = torch.empty(len(packed.ints), dtype=torch.int32, pin_memory=True)
     pinned.numpy()[:] = packed.ints
-    return DeviceWork(pinned.to(device, non_blocking=True), packed.info)
+    if isinstance(target, torch.device):
+        return DeviceWork(pinned.to(target, non_blocking=True), packed.info)
+    return DeviceWork(target.copy_(pinned, non_blocking=True), packed.info)
 
 
 def tile_rows(head_dim: int) -> int:

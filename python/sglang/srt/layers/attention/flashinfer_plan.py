@@ -38,11 +38,13 @@ class PrefillShape(NamedTuple):
     new_lens, seq_lens: new tokens, and new plus cached ones, at least as many.
     kv_starts: where the kernel finds the request's first key: an index into the key rows, or into
     the table of slots.
+    first_token: row of q where the first request's new tokens begin; the others follow.
     """
 
     new_lens: Sequence[int]
     seq_lens: Sequence[int]
     kv_starts: Sequence[int]
+    first_token: int = 0
 
 
 class Heads(NamedTuple):
@@ -100,7 +102,7 @@ def deal(
     """
     new_lens = np.asarray(shape.new_lens, dtype=np.int64)
     seq_lens = np.asarray(shape.seq_lens, dtype=np.int64)
-    token_starts = np.cumsum(new_lens) - new_lens
+    token_starts = shape.first_token + np.cumsum(new_lens) - new_lens
     tiles_per_req = -(-new_lens // tile_rows)
     requests = np.repeat(np.arange(len(new_lens)), tiles_per_req)
     first_tiles = np.cumsum(tiles_per_req) - tiles_per_req
@@ -136,8 +138,17 @@ def deal(
     )
 
 
-def pack(work: WorkLists) -> PackedWork:
-    """Lays the lists out one after the other, each on a boundary of 16 bytes."""
+def max_items(tokens: int, requests: int, num_heads: int, tile_rows: int) -> int:
+    """No batch of so many tokens and requests, at least one token each, has more items."""
+    return (tokens // tile_rows + min(requests, tokens)) * num_heads
+
+
+def pack(work: WorkLists, capacity: int = 0) -> PackedWork:
+    """Lays the lists out one after the other, each on a boundary of 16 bytes.
+
+    With a capacity every list has room for so many items, so that the layout does not depend on
+    the batch.
+    """
     lists = (
         work.tiles,
         work.token_starts,
@@ -153,7 +164,7 @@ def pack(work: WorkLists) -> PackedWork:
     end = 0
     for values in lists:
         places.append(slice(end, end + len(values)))
-        end += -(-len(values) // step) * step
+        end += -(-max(len(values), capacity) // step) * step
     ints = np.zeros(end, dtype=np.int32)
     for place, values in zip(places, lists, strict=True):
         ints[place] = values

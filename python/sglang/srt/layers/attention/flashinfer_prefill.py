@@ -21,7 +21,7 @@ from sglang.srt.layers.attention.flashinfer_module import (
     tile_rows,
     upload,
 )
-from sglang.srt.layers.attention.flashinfer_plan import Heads, PrefillShape, deal, pack
+from sglang.srt.layers.attention.flashinfer_plan import Heads, PrefillShape, deal, max_items, pack
 from sglang.srt.model_config import ModelConfig
 
 _MAX_I32 = 2**31 - 1
@@ -31,13 +31,15 @@ _MAX_I32 = 2**31 - 1
 class PrefillRequests:
     """The requests of a batch that prefill; host lists but rows [reqs] i64 and slot_table.
 
-    Their new tokens are rows 0.. of the tensors that attend() gets, one request after the other.
+    Their new tokens are rows first_token.. of the tensors that attend() gets, one request after
+    the other.
     """
 
     rows: torch.Tensor
     new_lens: list[int]
     seq_lens: list[int]
     slot_table: torch.Tensor
+    first_token: int = 0
 
 
 class Prefill(Protocol):
@@ -48,13 +50,14 @@ class Prefill(Protocol):
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Writes all of out. q, out [tokens, q_heads, head_dim] contiguous; k, v of the new tokens
-        [tokens, kv_heads, head_dim], which lie in the pool too."""
+        """Writes the requests' rows of out. q, out [tokens, q_heads, head_dim] contiguous; k, v of
+        the new tokens [tokens, kv_heads, head_dim], which lie in the pool too."""
         ...
 
 
 class LanePrefill:
-    """Work lists belong to the plan: there is no workspace, and lanes share nothing.
+    """Work lists belong to the plan, or to the object once memory for them is reserved: there is
+    no workspace, and lanes share nothing.
 
     A batch without cached tokens takes keys and values straight from the projection, through TMA;
     with cached ones they are gathered from the pool, their slots read in the slot table itself.
@@ -78,21 +81,41 @@ class LanePrefill:
         self._module = module
         self._work: DeviceWork | None = None
         self._slots: torch.Tensor | None = None  # None: no request has cached tokens
+        self._reserved: torch.Tensor | None = None
+        self._capacity = 0
+
+    def reserve(self, max_tokens: int, max_reqs: int) -> None:
+        """From now on launches of any planned batch within these bounds take the same arguments,
+        so that a graph of them serves all; keys are always read in the pool."""
+        self._capacity = max_items(max_tokens, max_reqs, self._heads.num_heads, self._tile_rows)
+        nothing = deal(
+            PrefillShape([], [], []),
+            self._heads,
+            tile_rows=self._tile_rows,
+            num_sms=self._num_sms,
+            num_ctas=self._device_sms,
+        )
+        packed = pack(nothing, self._capacity)
+        self._reserved = torch.zeros(len(packed.ints), dtype=torch.int32, device=self._device)
 
     def plan(self, requests: PrefillRequests) -> None:
         """See Prefill.plan. Under 1 ms for 8,192 tokens of 32 heads, most of it dealing."""
-        ragged = requests.new_lens == requests.seq_lens
-        kv_starts = _starts(requests.new_lens) if ragged else [0] * len(requests.new_lens)
+        ragged = self._reserved is None and requests.new_lens == requests.seq_lens
+        first = requests.first_token
+        kv_starts = [0] * len(requests.new_lens)
+        if ragged:
+            kv_starts = [first + start for start in _starts(requests.new_lens)]
         packed = pack(
             deal(
-                PrefillShape(requests.new_lens, requests.seq_lens, kv_starts),
+                PrefillShape(requests.new_lens, requests.seq_lens, kv_starts, first),
                 self._heads,
                 tile_rows=self._tile_rows,
                 num_sms=self._num_sms,
                 num_ctas=self._device_sms,
-            )
+            ),
+            self._capacity,
         )
-        work = upload(packed, self._device)
+        work = upload(packed, self._device if self._reserved is None else self._reserved)
         self._work, self._slots = work, None
         if ragged:
             return
@@ -132,11 +155,13 @@ class WrapperPrefill:
         self._kv_pool = kv_pool
         self._config = config
         self._plan_copied = torch.cuda.Event()
+        self._first_token = 0
 
     def plan(self, requests: PrefillRequests) -> None:
         """See Prefill.plan."""
         # The wrapper has one pinned buffer for all its plans, and writes to it at once.
         self._plan_copied.synchronize()
+        self._first_token = requests.first_token
         config = self._config
         self._wrapper.plan(
             _pinned([*_starts(requests.new_lens), sum(requests.new_lens)]),
@@ -159,7 +184,8 @@ class WrapperPrefill:
     ) -> None:
         """See Prefill.attend."""
         keys, values = self._kv_pool.layer(layer)
-        self._wrapper.run(q, (keys.unsqueeze(1), values.unsqueeze(1)), out=out)
+        first = self._first_token
+        self._wrapper.run(q[first:], (keys.unsqueeze(1), values.unsqueeze(1)), out=out[first:])
 
     def _slots(self, requests: PrefillRequests) -> torch.Tensor:
         """Slots of all requests' tokens, one request after the other [tokens] i32."""

@@ -70,6 +70,11 @@ class TritonAttention:
         self._scratch = self._allocate_scratch(max_reqs * most_chunks(max_seq_len))
         self._scratch_is_fixed = True
 
+    @property
+    def scratch(self) -> DecodeScratch:
+        """For others that never run at the same time; after reserve(), for good."""
+        return self._scratch
+
     def plan(self, batch: ForwardBatch) -> None:
         """See AttentionBackend.plan. Grows the scratch if need be; launches nothing."""
         decode_lens = [
