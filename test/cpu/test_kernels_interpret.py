@@ -43,7 +43,8 @@ def test_models_load_and_norm_without_triton() -> None:
     reason="Triton's interpreter reads arrays of one element as numbers, NumPy 2.4 forbids it",
 )
 @pytest.mark.parametrize(
-    ("module", "at_least"), [("test_kernels.py", 50), ("test_fused_kernels.py", 60)]
+    ("module", "at_least"),
+    [("test_kernels.py", 50), ("test_fused_kernels.py", 60), ("test_matmul.py", 40)],
 )
 def test_kernels_match_their_references_when_interpreted(module: str, at_least: int) -> None:
     # Without test/gpu/conftest.py, which skips all tests there where it finds no GPU.

@@ -158,7 +158,7 @@ def test_prompts_alone(runner, lanes, prefill, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("decode", "prefill"), itertools.product([[], *BESIDE], ALONE[1:]), ids=str
+    ("decode", "prefill"), list(itertools.product([[], *BESIDE], ALONE[1:])), ids=str
 )
 def test_prompts_in_decode_steps(runner, lanes, decode, prefill, monkeypatch):
     lane = lanes.lane(Phase.DECODE, lanes.table.whole)

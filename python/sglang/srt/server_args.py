@@ -220,12 +220,13 @@ class ServerArgs:
     )
     matmul_backend: Literal["auto", "torch", "triton", "deep_gemm"] = flag(
         "auto",
-        "Kernels of matrix products; auto measures, once, all that are installed on every lane.",
+        "Kernels of matrix products; auto measures, once, all that are installed on every lane. "
+        "torch stays where another wins less than 3 %.",
         group=_DEVICE,
     )
     disable_cuda_graph: bool = flag(
         False,
-        "Launch decode steps kernel by kernel instead of as graphs.",
+        "Launch every kernel by itself: no graphs of decode steps and short prefills.",
         group=_DEVICE,
         aliases=["--disable-decode-cuda-graph"],
     )

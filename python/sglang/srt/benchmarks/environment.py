@@ -13,7 +13,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 # Where this folder lies in our repository, as `git rev-parse --show-prefix` says it.
 PLACE = "python/sglang/srt/benchmarks/"
-PACKAGES = ("torch", "triton", "transformers", "cuda-core", "flashinfer-python")
+PACKAGES = ("torch", "triton", "transformers", "cuda-core", "flashinfer-python", "sgl-deep-gemm")
 
 
 def describe() -> dict[str, Any]:

@@ -180,6 +180,8 @@ def _section_heads(heads: Heads, kv_tokens: int, section_bytes: int) -> int:
 
 def _deal_in_order(cost: npt.NDArray[np.int64], num_sms: int) -> tuple[npt.NDArray[np.int64], int]:
     """Each item to the CTA with least work so far: (owner [items], work of the longest CTA)."""
+    if len(cost) <= num_sms:
+        return np.arange(len(cost)), int(cost.max(initial=0))
     # A CTA is the number work * num_sms + index, so that the heap holds plain integers: a third
     # of the time that tuples take, and there are 2,048 items in 8,192 tokens of 32 heads.
     heap = list(range(num_sms))
