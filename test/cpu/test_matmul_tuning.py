@@ -191,18 +191,17 @@ def some_tiles(m: int, fused: bool = False) -> list[Choice]:
 def test_the_fastest_wins_and_torch_stays_within_three_percent(lanes: CpuLanes) -> None:
     fast = some_tiles(4096)[1]
     for seconds, expected in ((0.5, fast), (0.96, fast), (0.98, TORCH), (1.5, TORCH)):
-        table = tune(lanes, ScriptedBench({fast: seconds, (fast, True): 9.0}))
+        table = tune(lanes, ScriptedBench({fast: seconds}))
         assert table.products[SHAPE][4096] == expected
-        assert table.fused[SHAPE][4096] is None
 
 
-def test_a_fused_kernel_must_beat_the_best_two_steps(lanes: CpuLanes) -> None:
+def test_a_fused_kernel_may_lose_little_to_the_best_two_steps(lanes: CpuLanes) -> None:
+    """It moves less memory, which counts beside another lane and does not show alone."""
     tile = some_tiles(4096, fused=True)[0]
-    times = {DEEP_GEMM: 0.6, (tile, True): 0.5, (tile, False): 2.0}
-    table = tune(lanes, ScriptedBench(times))
-    assert table.products[SHAPE][4096] == DEEP_GEMM
-    assert table.fused[SHAPE][4096] == tile
-    assert tune(lanes, ScriptedBench(times | {(tile, True): 0.59})).fused[SHAPE][4096] is None
+    for seconds, expected in ((0.5, tile), (0.61, tile), (0.63, None)):
+        table = tune(lanes, ScriptedBench({DEEP_GEMM: 0.6, (tile, True): seconds}))
+        assert table.products[SHAPE][4096] == DEEP_GEMM
+        assert table.fused[SHAPE][4096] == expected
 
 
 def test_a_wrong_or_broken_kernel_is_named_and_dropped(

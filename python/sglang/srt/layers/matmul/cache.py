@@ -19,7 +19,7 @@ from sglang.srt.layers.matmul.table import LaneTable, Shape
 logger = logging.getLogger(__name__)
 
 # Raised whenever tiles or kernels change: what was fastest may not be any more.
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("torch", "triton", "sgl-deep-gemm")
 
 Json = dict[str, Any]
