@@ -81,8 +81,8 @@ def test_members_decode_and_fills_follow(cache: SequenceCache) -> None:
     # The chunk does not end its prompt: nothing is sampled for it.
     assert batch.sample_tokens.tolist() == [0, 1, 6]
     assert batch.sample_rows.tolist() == [4, 2, 7]
-    assert [row.position for row in batch.samples] == [8, 7, 9]
-    assert [row.seed for row in batch.samples] == [4, 2, 7]
+    assert batch.sample_positions.tolist() == [8, 7, 9]
+    assert [wish.seed for wish in batch.samples] == [4, 2, 7]
     for name in HostBatch.__slots__:
         value = getattr(batch, name)
         assert not isinstance(value, np.ndarray) or value.dtype == np.int64, name

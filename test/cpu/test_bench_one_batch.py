@@ -218,7 +218,7 @@ class TestPlacement:
         assert batch.positions.tolist() == [17] * 3
         assert batch.seq_lens.tolist() == [18] * 3
         assert batch.new_lens.tolist() == [1] * 3
-        assert [row.position for row in batch.samples] == [18] * 3
+        assert batch.sample_positions.tolist() == [18] * 3
         assert batch.table_index.tolist() == [32 * row + 17 for row in (1, 2, 3)]
         slots = slot_table[1:4, :18].numpy()
         assert batch.token_slots.tolist() == batch.table_slots.tolist() == slots[:, 17].tolist()

@@ -8,7 +8,6 @@ import select
 import time
 from dataclasses import replace
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -34,7 +33,7 @@ from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import GenerateRequest
 from sglang.srt.model_config import ModelConfig, resolve_model_source
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
-from sglang.srt.model_executor.host_batch import HostBatch, SampleRow, upload, upload_table_update
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish, upload, upload_table_update
 from sglang.srt.model_executor.model_runner import LaneKernels, ModelRunner
 from sglang.srt.model_loader import load_model
 from sglang.srt.sampling_params import SamplingParams
@@ -135,10 +134,7 @@ class Sequences:
             new_lens=_i64(new_lens),
             table_index=_i64(table_index),
             table_slots=_i64(token_slots),
-            samples=tuple(
-                SampleRow(sampling, seed=row, position=n)
-                for row, n in zip(rows, seq_lens, strict=True)
-            ),
+            samples=tuple(SampleWish(sampling, seed=row) for row in rows),
             sample_tokens=_i64(np.cumsum(new_lens) - 1),
             sample_rows=_i64(rows),
         )
@@ -500,10 +496,6 @@ def scratch_slot(fake, batch):
     return replace(batch, token_slots=batch.token_slots * 0, table_slots=batch.table_slots * 0)
 
 
-def wrong_sample_position(fake, batch):
-    return replace(batch, samples=(msgspec.structs.replace(batch.samples[0], position=9),))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -514,7 +506,6 @@ def wrong_sample_position(fake, batch):
         (wrong_position, "positions"),
         (wrong_row, "which it lacks"),
         (scratch_slot, "scratch"),
-        (wrong_sample_position, "position 9 follows 3"),
     ],
 )
 def test_the_fake_sees_damage_before_a_step(fake, damage, message):

@@ -33,7 +33,7 @@ from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import FinishReason, GenerateRequest
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
-from sglang.srt.model_executor.host_batch import SampleRow
+from sglang.srt.model_executor.host_batch import SampleWish
 from sglang.srt.queue import WaitingQueue
 from sglang.srt.requests import Request
 from sglang.srt.sampling_params import SamplingParams
@@ -250,17 +250,15 @@ def reference(
     choose = choose_by_hash(VOCAB_SIZE)
     limit = room - len(prompt) if sampling.max_new_tokens is None else sampling.max_new_tokens
     stops = {*sampling.stop_token_ids} | (set() if sampling.ignore_eos else {EOS})
+    wish = SampleWish(
+        sampling=sampling,
+        seed=0,
+        withheld_ids=tuple(stops),
+        withheld_until=len(prompt) + sampling.min_new_tokens,
+    )
     ids: list[int] = []
     while len(ids) < limit:
-        position = len(prompt) + len(ids)
-        row = SampleRow(
-            sampling=sampling,
-            seed=0,
-            position=position,
-            withheld_ids=tuple(stops),
-            withheld_until=len(prompt) + sampling.min_new_tokens,
-        )
-        ids.append(choose(prefix_hash([*prompt, *ids]), row))
+        ids.append(choose(prefix_hash([*prompt, *ids]), wish, len(prompt) + len(ids)))
         if ids[-1] in stops:
             return ids, FinishReason(type="stop", matched=ids[-1])
     return ids, FinishReason(type="length", length=len(ids))
@@ -857,11 +855,11 @@ def test_seeds_are_kept_and_requests_without_one_get_different_ones():
     server.ask("second", prompt_of(5, start=2), max_new_tokens=3)
     server.finish()
     prefill = server.runner.launched[0]
-    given, first, second = (row.seed for row in prefill.samples)
+    given, first, second = (wish.seed for wish in prefill.samples)
     assert given == -5
     assert first != second
     for batch in server.runner.launched[1:]:
-        assert {row.seed for row in batch.samples} <= {given, first, second}
+        assert {wish.seed for wish in batch.samples} <= {given, first, second}
 
 
 def test_the_cache_can_only_be_reset_while_idle():

@@ -14,7 +14,7 @@ from sglang.srt.layers.matmul.base import TorchMatmul
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
-from sglang.srt.model_executor.host_batch import HostBatch, SampleRow
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
 from sglang.srt.model_executor.model_runner import LaneKernels, ModelRunner
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
@@ -116,7 +116,7 @@ def decode_batch(lengths: list[int]) -> HostBatch:
         new_lens=np.ones(count, dtype=np.int64),
         table_index=np.concatenate(table_index),
         table_slots=np.concatenate(per_row),
-        samples=tuple(SampleRow(sampling, seed=i, position=n) for i, n in enumerate(lengths)),
+        samples=tuple(SampleWish(sampling, seed=i) for i in range(count)),
         sample_tokens=np.arange(count),
         sample_rows=rows,
     )

@@ -15,7 +15,7 @@ from sglang.srt.layers.matmul.base import TorchMatmul
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.graph_capture import capture_graphs
-from sglang.srt.model_executor.host_batch import HostBatch, SampleRow
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
 from sglang.srt.model_executor.lane_kernels import kernels_by_lane
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader import load_model
@@ -102,10 +102,7 @@ def batch_of(decode: list[int], prefill: list[tuple[int, int]]) -> HostBatch:
             [row * CONTEXT + np.arange(n) for row, n in zip(rows, totals, strict=True)]
         ),
         table_slots=np.concatenate(slots),
-        samples=tuple(
-            SampleRow(SamplingParams(temperature=0), seed=i, position=int(n))
-            for i, n in enumerate(totals)
-        ),
+        samples=tuple(SampleWish(SamplingParams(temperature=0), seed=i) for i in range(len(lens))),
         sample_tokens=new_lens.cumsum() - 1,
         sample_rows=rows,
     )

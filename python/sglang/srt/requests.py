@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.messages import FinishReason, GenerateRequest, StreamOptions
+from sglang.srt.model_executor.host_batch import SampleWish
 from sglang.srt.sampling_params import SamplingParams
 
 PROMPT_TAIL_TOKENS = 8
@@ -43,6 +44,13 @@ class Request:
         self.stop_ids = tuple({*eos, *self.sampling.stop_token_ids})
 
         self.prompt: npt.NDArray[np.int32] = np.asarray(message.input_ids, dtype=np.int32)
+        minimum = self.sampling.min_new_tokens
+        self.wish = SampleWish(
+            self.sampling,
+            seed,
+            withheld_ids=self.stop_ids if minimum else (),
+            withheld_until=len(self.prompt) + minimum,
+        )
         self.output: list[int] = []
         self.finish: FinishReason | None = None
 

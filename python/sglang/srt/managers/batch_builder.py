@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from sglang.srt.managers.jobs import Fill
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
-from sglang.srt.model_executor.host_batch import HostBatch, Ints, SampleRow
+from sglang.srt.mem_cache.slot_allocator import SlotIds
+from sglang.srt.model_executor.host_batch import HostBatch, Ints
 from sglang.srt.requests import Request
 
 _Parts = list[npt.NDArray[Any]]
 
 
 class BatchBuilder:
-    """Sequences already have the slots of their new tokens, which are their last ones."""
+    """Sequences already have the slots of their new tokens, which are their last ones.
+
+    A step of many requests is built for every token, so loops over them do one thing each.
+    """
 
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
 
-    def step(self, members: Sequence[Request], fills: Sequence[Fill]) -> HostBatch:
-        """A launch in which `members` decode and `fills` are computed, in this order."""
+    def step(
+        self, members: Sequence[Request], fills: Sequence[Fill], new_slots: SlotIds | None = None
+    ) -> HostBatch:
+        """A launch in which `members` decode and `fills` are computed, in this order.
+
+        new_slots [members] i32: of the members' new tokens; looked up if not given.
+        """
         decode_reqs = len(members)
-        requests = [*members, *(fill.request for fill in fills)]
-        sequences = [sequence_of(request) for request in requests]
-        rows = _ints([row_of(request) for request in requests])
+        requests = [*members, *[fill.request for fill in fills]]
+        held = [request.sequence for request in requests]
+        assert None not in held, "a request without slots is launched"
+        sequences = cast("list[CachedSequence]", held)
+        rows = _ints([request.row for request in requests])
         seq_lens = _ints([sequence.length for sequence in sequences])
         new_lens = _ints([1] * decode_reqs + [fill.tokens for fill in fills])
 
         prompts = [fill.request.tokens()[fill.start : fill.end] for fill in fills]
         positions: _Parts = [seq_lens[:decode_reqs] - 1]
         positions += [np.arange(fill.start, fill.end) for fill in fills]
-        token_slots: _Parts = [_ints([_last_slot(s) for s in sequences[:decode_reqs]])]
+        token_slots: _Parts = [sequence.slots[-1:] for sequence in sequences[:decode_reqs]]
+        if new_slots is not None:
+            token_slots = [new_slots]
         token_slots += [sequence_of(fill.request).slots[fill.start :] for fill in fills]
 
         # The slot table gets the new tokens, and what changed before them: a prefix that was in
@@ -61,17 +74,10 @@ class BatchBuilder:
             new_lens=new_lens,
             table_index=_join(table_index),
             table_slots=_join(table_slots),
-            samples=tuple([_sample_row(requests[i], sequences[i].length) for i in sampled]),
+            samples=tuple([requests[i].wish for i in sampled]),
             sample_tokens=(np.cumsum(new_lens) - 1)[sampled],
             sample_rows=rows[sampled],
         )
-
-
-def _sample_row(request: Request, position: int) -> SampleRow:
-    sampling = request.sampling
-    minimum = sampling.min_new_tokens
-    withheld_ids = request.stop_ids if minimum else ()
-    return SampleRow(sampling, request.seed, position, withheld_ids, len(request.prompt) + minimum)
 
 
 def sequence_of(request: Request) -> CachedSequence:
@@ -84,13 +90,7 @@ def row_of(request: Request) -> int:
     return request.row
 
 
-def _last_slot(sequence: CachedSequence) -> int:
-    slot = sequence.last_slot
-    assert slot is not None, "an empty sequence decodes"
-    return slot
-
-
-def _ints(values: Sequence[int]) -> Ints:
+def _ints(values: Sequence[int | None]) -> Ints:
     return np.array(values, dtype=np.int64)
 
 

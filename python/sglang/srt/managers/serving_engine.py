@@ -25,6 +25,7 @@ from sglang.srt.managers.batch_builder import BatchBuilder, sequence_of
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
+from sglang.srt.mem_cache.slot_allocator import SlotIds
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import FinishReason, GenerateRequest
 from sglang.srt.model_executor.model_runner import Run, Runner
@@ -185,14 +186,19 @@ class ServingEngine:
 
     def begin_decode(self, steps_in_flight: int, fused_tokens: int) -> DecodeBatch | None:
         assert not (fused_tokens and self._prefilling), "a fused step beside a prefill batch"
-        if not self._extend_running(steps_in_flight):
+        new_slots = self._extend_running(steps_in_flight)
+        if new_slots is None:
             return None
         members = self._running
         fills = self._admission.choose(fused_tokens, members, cut=True) if fused_tokens else []
         if not members and not fills:
             return None
-        batch = DecodeBatch(members, fills, self._start(members, fills), self.num_layers)
-        self._running = [request for request in members if request.wants_step]
+        batch = DecodeBatch(members, fills, self._start(members, fills, new_slots), self.num_layers)
+        self._running = [
+            request
+            for request in members
+            if request.launched_output < request.max_new_tokens and request.finish is None
+        ]
         if fills:
             self._running += [fill.request for fill in fills if _wants_step(fill)]
             self._on_prefill(fills)
@@ -218,28 +224,30 @@ class ServingEngine:
         request.finish = FinishReason(type="abort", message=message, status_code=status_code)
         self._outbox.note(request)
 
-    def _extend_running(self, steps_in_flight: int) -> bool:
+    def _extend_running(self, steps_in_flight: int) -> SlotIds | None:
         """A slot more for every running request; those that came last make room for the others.
 
-        False if only the tokens of the steps in flight can tell who leaves of itself.
+        None if only the tokens of the steps in flight can tell who leaves of itself.
         """
-        while self._running and not self._extend(self._running):
+        while True:
+            new_slots = self._cache.extend_each([sequence_of(r) for r in self._running])
+            if new_slots is not None:
+                return new_slots
             if steps_in_flight:
-                return False
+                return None
             self._retract(self._running.pop())
-        return True
 
-    def _extend(self, requests: Sequence[Request]) -> bool:
-        return self._cache.extend_each([sequence_of(r) for r in requests]) is not None
-
-    def _start(self, members: Sequence[Request], fills: Sequence[Fill]) -> Run:
+    def _start(
+        self, members: Sequence[Request], fills: Sequence[Fill], new_slots: SlotIds | None = None
+    ) -> Run:
+        """new_slots: of the members' new tokens."""
         for request in members:
             request.launched_output += 1
             request.jobs_in_flight += 1
         for fill in fills:
             fill.request.launched_output += fill.samples
             fill.request.jobs_in_flight += 1
-        return self._runner.start(self._batches.step(members, fills))
+        return self._runner.start(self._batches.step(members, fills, new_slots))
 
     def _settle_fills(self, fills: Sequence[Fill], tokens: Iterator[int]) -> None:
         """The parts are computed; `tokens` are those of the parts that sample."""

@@ -133,9 +133,11 @@ class SequenceCache:
         if not self._open.issuperset(seqs):
             for seq in seqs:
                 self._assert_open(seq)
-        lengths = np.fromiter((seq.length for seq in seqs), np.int64, len(seqs))
-        last_slots = np.fromiter((seq._buffer[seq.length - 1] for seq in seqs), np.int32, len(seqs))
-        if not self._make_room(int(np.count_nonzero(lengths % self.allocator.page_size == 0))):
+        lengths = np.array([seq.length for seq in seqs], dtype=np.int64)
+        last_slots = np.zeros(len(seqs), dtype=np.int32)
+        if self._page > 1:  # else every token opens a page, wherever the one before lies
+            last_slots[:] = [seq._buffer[seq.length - 1] for seq in seqs]
+        if not self._make_room(int(np.count_nonzero(lengths % self._page == 0))):
             return None
         slots = self.allocator.alloc_decode(last_slots, lengths)
         assert slots is not None, f"no room for {len(seqs)} tokens after making room for them"

@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from drift_scheduler.lane import Lane, Work
 from drift_scheduler.lane_virtual import TimedWork
-from sglang.srt.model_executor.host_batch import HostBatch, SampleRow
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
 
 # Seconds that so many layers of a batch take on a lane.
 Cost = Callable[[HostBatch, int, Lane], float]
 # The token that follows a prefix, given its hash.
-Choose = Callable[[int, SampleRow], int]
+# (hash of the sequence so far, how to choose, position of the token to be chosen) -> token
+Choose = Callable[[int, SampleWish, int], int]
 
 _HASH_MODULUS = 2**31 - 1
 _HASH_FACTOR = 48271
@@ -41,8 +42,8 @@ def prefix_hash(tokens: Sequence[int], before: int = 0) -> int:
 def choose_by_hash(vocab_size: int) -> Choose:
     """Any token of the vocabulary, withheld ones passed over."""
 
-    def choose(hash_of_prefix: int, row: SampleRow) -> int:
-        withheld = row.withheld_ids if row.position < row.withheld_until else ()
+    def choose(hash_of_prefix: int, wish: SampleWish, position: int) -> int:
+        withheld = wish.withheld_ids if position < wish.withheld_until else ()
         for step in range(vocab_size):
             token = (hash_of_prefix + step) % vocab_size
             if token not in withheld:
@@ -188,11 +189,11 @@ class FakeRun:
 
     def _sample(self) -> None:
         runner, batch = self._runner, self._batch
-        for row, token_index in zip(batch.samples, batch.sample_tokens, strict=True):
-            position = int(batch.positions[token_index])
-            assert row.position == position + 1, f"position {row.position} follows {position}"
+        for wish, token_index, position in zip(
+            batch.samples, batch.sample_tokens, batch.sample_positions, strict=True
+        ):
             hash_of_prefix = int(runner.slot_hashes[batch.token_slots[token_index]])
-            self._tokens.append(runner.choose(hash_of_prefix, row))
+            self._tokens.append(runner.choose(hash_of_prefix, wish, int(position)))
         runner.relay[batch.sample_rows] = self._tokens
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,16 +18,16 @@ from sglang.srt.sampling_params import SamplingParams
 Ints = npt.NDArray[np.int64]
 
 
-class SampleRow(msgspec.Struct, frozen=True, gc=False):
-    """One request whose next token this launch chooses. A struct: a step makes one a request.
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleWish:
+    """How a request's tokens are chosen. A request has one object for life, so that the same
+    requests in the next launch are told by identity.
 
-    position: index of the token to be sampled, which also seeds its randomness.
     withheld_ids cannot be chosen at positions before withheld_until (min_new_tokens).
     """
 
     sampling: SamplingParams
     seed: int
-    position: int
     withheld_ids: tuple[int, ...] = ()
     withheld_until: int = 0
 
@@ -36,15 +35,6 @@ class SampleRow(msgspec.Struct, frozen=True, gc=False):
     def takes_likeliest(self) -> bool:
         """Whether the largest logit decides, and nothing else."""
         return self.sampling.greedy and not self.withheld_ids
-
-    def same_wish(self, other: SampleRow) -> bool:
-        """Whether both rows sample alike, whatever their position. Cheap, and never wrongly True:
-        a request keeps one SamplingParams object for life."""
-        return (
-            self.sampling is other.sampling
-            and self.seed == other.seed
-            and self.withheld_until == other.withheld_until
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +45,8 @@ class HostBatch:
     device in the relay table; the others bring theirs in input_ids.
     input_ids [tokens - decode_reqs].
     table_index, table_slots: flat writes to the slot table that this launch brings up to date.
-    samples: the requests that get a token, and sample_tokens [samples], the flattened token
-    index whose logits choose it; sample_rows [samples] where it goes in the relay table.
+    samples: a wish for every request that gets a token; sample_tokens [samples], the flattened
+    token index whose logits choose it; sample_rows [samples] where it goes in the relay table.
     """
 
     decode_reqs: int
@@ -68,7 +58,7 @@ class HostBatch:
     new_lens: Ints
     table_index: Ints
     table_slots: Ints
-    samples: tuple[SampleRow, ...]
+    samples: tuple[SampleWish, ...]
     sample_tokens: Ints
     sample_rows: Ints
 
@@ -78,9 +68,9 @@ class HostBatch:
         return self.decode_reqs == len(self.rows)
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the largest logit decides everywhere, and nothing else."""
-        return all(row.takes_likeliest for row in self.samples)
+    def sample_positions(self) -> Ints:
+        """Index in its sequence of every token to be chosen [samples]; seeds its randomness."""
+        return self.positions[self.sample_tokens] + 1
 
 
 class SampleTensors(NamedTuple):
@@ -131,7 +121,7 @@ def upload(host: HostBatch, slot_table: torch.Tensor) -> DeviceBatch:
             host.table_slots,
             host.sample_tokens,
             host.sample_rows,
-            np.asarray([row.position for row in host.samples], dtype=np.int64),
+            host.sample_positions,
         ],
         slot_table.device,
     )

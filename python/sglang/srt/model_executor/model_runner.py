@@ -13,7 +13,6 @@ Tables on the device, shared by both phases, which write disjoint rows of them:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -25,7 +24,7 @@ from sglang.srt.layers.sampler import SamplingBatch, Withheld, likeliest, sample
 from sglang.srt.model_executor.host_batch import (
     DeviceBatch,
     HostBatch,
-    SampleRow,
+    SampleWish,
     upload,
     upload_table_update,
 )
@@ -124,12 +123,18 @@ class ModelRunner:
 
         logits [samples, vocab_size]; rows, positions [samples] i64: see SampleTensors.
         """
-        if host.takes_likeliest:
+        if self.takes_likeliest(host):
             tokens = likeliest(logits)
         else:
             tokens = sample(logits, positions, self._sampling_for(host))
         self.relay[rows] = tokens
         result.copy_(tokens, non_blocking=True)
+
+    def takes_likeliest(self, batch: HostBatch) -> bool:
+        """Whether the largest logit decides for all its samples; on the lane."""
+        if batch.is_decode:
+            return self._decode_sampling.takes_likeliest(batch.samples)
+        return all(wish.takes_likeliest for wish in batch.samples)
 
     def new_result(self, batch: HostBatch) -> torch.Tensor:
         """Where the sampled tokens arrive on the host, [samples] i64."""
@@ -231,42 +236,51 @@ class GraphedStep:
         if len(host.table_index) > len(host.rows):
             runner.update_slot_table(*upload_table_update(host, runner.device))
         step = self._graphs.replay(lane, host)
-        if host.takes_likeliest:
+        if runner.takes_likeliest(host):
             self._result.copy_(step.tokens, non_blocking=True)
             return
         runner.choose(host, step.logits, step.rows, step.positions + 1, self._result)
 
 
-@dataclass(slots=True)
 class _SamplingCache:
-    """Sampling tensors of the last decode batch; used only by decode work, which is in order."""
+    """What the last decode batch's wishes came down to; used only by decode work, which is in
+    order. The same requests have the same wishes, so most steps find it as they need it."""
 
-    vocab_size: int
-    device: torch.device
-    samples: tuple[SampleRow, ...] = ()
-    batch: SamplingBatch | None = None
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._samples: tuple[SampleWish, ...] = ()
+        self._takes_likeliest = True
+        self._batch: SamplingBatch | None = None
 
-    def get(self, samples: tuple[SampleRow, ...]) -> SamplingBatch:
-        same = len(samples) == len(self.samples) and all(
-            row.same_wish(last) for row, last in zip(samples, self.samples, strict=True)
-        )
-        if self.batch is None or not same:
-            self.samples = samples
-            self.batch = _sampling_batch(samples, self.vocab_size, self.device)
-        return self.batch
+    def takes_likeliest(self, samples: tuple[SampleWish, ...]) -> bool:
+        self._look_at(samples)
+        return self._takes_likeliest
+
+    def get(self, samples: tuple[SampleWish, ...]) -> SamplingBatch:
+        self._look_at(samples)
+        if self._batch is None:
+            self._batch = _sampling_batch(samples, self._vocab_size, self._device)
+        return self._batch
+
+    def _look_at(self, samples: tuple[SampleWish, ...]) -> None:
+        if samples != self._samples:
+            self._samples = samples
+            self._takes_likeliest = all(wish.takes_likeliest for wish in samples)
+            self._batch = None
 
 
 def _sampling_batch(
-    samples: tuple[SampleRow, ...], vocab_size: int, device: torch.device
+    samples: tuple[SampleWish, ...], vocab_size: int, device: torch.device
 ) -> SamplingBatch:
     return SamplingBatch.from_params(
-        [row.sampling for row in samples],
-        [row.seed for row in samples],
+        [wish.sampling for wish in samples],
+        [wish.seed for wish in samples],
         vocab_size,
         device,
         withheld=[
-            Withheld(i, row.withheld_ids, row.withheld_until)
-            for i, row in enumerate(samples)
-            if row.withheld_ids
+            Withheld(i, wish.withheld_ids, wish.withheld_until)
+            for i, wish in enumerate(samples)
+            if wish.withheld_ids
         ],
     )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from drift_scheduler.lane import Lane, LaneProvider, Phase
 from sglang.srt.mem_cache.slot_table import PADDING_ROW
-from sglang.srt.model_executor.host_batch import HostBatch, SampleRow
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
 from sglang.srt.model_executor.model_runner import Runner
 from sglang.srt.sampling_params import SamplingParams
 
@@ -48,7 +48,9 @@ def warm_up(runner: Runner, lanes: LaneProvider, *, num_slots: int, context_leng
     logger.info("Warmed up prefill kernels in %.1f s", time.perf_counter() - started_s)
 
 
-def _batch(count: int, decode_reqs: int, wish: SamplingParams, context_length: int) -> HostBatch:
+def _batch(
+    count: int, decode_reqs: int, sampling: SamplingParams, context_length: int
+) -> HostBatch:
     """A prompt of `count` tokens on slots 1..count, behind decodes of one token in scratch."""
     scratch = np.zeros(decode_reqs, dtype=np.int64)
     tokens = np.concatenate([scratch, np.arange(count)])
@@ -65,7 +67,7 @@ def _batch(count: int, decode_reqs: int, wish: SamplingParams, context_length: i
         new_lens=lengths,
         table_index=np.repeat(rows, lengths) * context_length + tokens,
         table_slots=slots,
-        samples=tuple(SampleRow(wish, seed=0, position=int(n)) for n in lengths),
+        samples=(SampleWish(sampling, seed=0),) * len(rows),
         sample_tokens=np.cumsum(lengths) - 1,
         sample_rows=rows,
     )

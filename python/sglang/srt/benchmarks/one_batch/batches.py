@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from sglang.srt.benchmarks.one_batch.cases import DecodeCase, PrefillCase
-from sglang.srt.model_executor.host_batch import HostBatch, Ints, SampleRow
+from sglang.srt.model_executor.host_batch import HostBatch, Ints, SampleWish
 from sglang.srt.sampling_params import SamplingParams
 
 # One object for all requests: batches of equal wishes are sampled as they are in serving.
@@ -65,7 +65,7 @@ class PlacedRequests:
             new_lens=np.full(requests, last - first),
             table_index=(self.rows[:, None] * self.table_width + positions).reshape(-1),
             table_slots=new_slots,
-            samples=tuple(SampleRow(GREEDY, int(row), last) for row in self.rows),
+            samples=tuple(SampleWish(GREEDY, seed=int(row)) for row in self.rows),
             sample_tokens=sample_tokens,
             sample_rows=self.rows,
         )
