@@ -28,14 +28,14 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no GPU")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# The interpreter cuts bfloat16 off where hardware rounds.
-DTYPES = [torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 # Norm of the error over norm of the exact result: the rounding of the result, twice if fused.
 TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 SMS = 5
 NAN = float("nan")
 
-# One tile of each form that the kernel has; on a GPU all that a server measures.
+# The interpreter cuts bfloat16 off where hardware rounds, and gets float16 only.
+# One tile of each form that the kernel has; on a GPU, in bfloat16, all that a server measures. Each
+# of them is a compilation a dtype.
 FORMS = [
     Tile(128, 256, 64, 4, 8, store_parts=2),
     Tile(128, 128, 64, 3, 4, programs_per_sm=2, store_parts=2),
@@ -43,6 +43,7 @@ FORMS = [
     Tile(32, 128, 128, 5, 4, weight_first=True),
     Tile(16, 128, 128, 5, 4, weight_first=True, split_k=2),
 ]
+KERNELS = [(tile, torch.float16) for tile in FORMS]
 if not INTERPRETED:
     every = {
         tile: None
@@ -50,13 +51,14 @@ if not INTERPRETED:
         for sms in (16, 32, 48, 100, 132)
         for tile in tiles_for(m, 4096, 4096, sms, fused=False)
     }
-    FORMS = list(dict.fromkeys([*FORMS, *every]))
+    KERNELS += [(tile, torch.bfloat16) for tile in dict.fromkeys([*FORMS, *every])]
 # Tokens; results a row, which no tile divides; k, which no block divides.
 SIZES = [(1, 336, 208), (17, 528, 1040), (130, 1104, 304)]
 SIZES += [] if INTERPRETED else [(1, 4096, 4096), (61, 6144, 4096), (777, 2080, 1424)]
 
-by_tile = pytest.mark.parametrize("tile", FORMS, ids=str)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+by_kernel = pytest.mark.parametrize(
+    ("tile", "dtype"), KERNELS, ids=lambda value: str(value).removeprefix("torch.")
+)
 
 
 def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +86,7 @@ def takes_halves(tile: Tile) -> bool:
     return not tile.weight_first or tile.block_n >= 128
 
 
-@by_tile
-@by_dtype
+@by_kernel
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_matmul(size: tuple[int, int, int], dtype: torch.dtype, tile: Tile) -> None:
     m, n, k = size
@@ -96,8 +97,7 @@ def test_matmul(size: tuple[int, int, int], dtype: torch.dtype, tile: Tile) -> N
     assert host[m:].isnan().all()
 
 
-@by_tile
-@by_dtype
+@by_kernel
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_matmul_silu_and_mul(size: tuple[int, int, int], dtype: torch.dtype, tile: Tile) -> None:
     if not takes_halves(tile):
@@ -114,9 +114,9 @@ def test_matmul_silu_and_mul(size: tuple[int, int, int], dtype: torch.dtype, til
     assert host[m:].isnan().all()
 
 
-@by_tile
-def test_a_row_is_the_same_alone_in_a_batch_and_on_any_lane(tile: Tile) -> None:
-    x, weight = operands(70, 528, 1040, torch.float16)
+@by_kernel
+def test_a_row_is_the_same_alone_in_a_batch_and_on_any_lane(tile: Tile, dtype: torch.dtype) -> None:
+    x, weight = operands(70, 528, 1040, dtype)
     together = matmul(x, weight, num_sms=SMS, tile=tile)
     assert together.is_contiguous()
     assert torch.equal(matmul(x, weight, num_sms=1, tile=tile), together)
@@ -127,12 +127,9 @@ def test_a_row_is_the_same_alone_in_a_batch_and_on_any_lane(tile: Tile) -> None:
         )
 
 
-@by_tile
-def test_no_tokens(tile: Tile) -> None:
-    x, weight = (
-        torch.empty((0, 64), dtype=torch.float16, device=DEVICE),
-        operands(1, 256, 64, torch.float16)[1],
-    )
+@by_kernel
+def test_no_tokens(tile: Tile, dtype: torch.dtype) -> None:
+    x, weight = torch.empty((0, 64), dtype=dtype, device=DEVICE), operands(1, 256, 64, dtype)[1]
     assert matmul(x, weight, num_sms=SMS, tile=tile).shape == (0, 256)
     if takes_halves(tile):
         assert matmul_silu_and_mul(x, weight, num_sms=SMS, tile=tile).shape == (0, 128)
