@@ -254,6 +254,7 @@ class TestCompletions:
         assert len({c["id"] for c in got}) == 1
 
     def test_continuous_usage(self, server: Any) -> None:
+        server.engine.scheduler.token_interval_s = 0.05  # else all tokens may come in one update
         got = self.post(server, stream=True, stream_options={"continuous_usage_stats": True})
         counts = [c["usage"]["completion_tokens"] for c in got]
         assert counts == sorted(counts)

@@ -209,6 +209,8 @@ class ModelRun:
         runner = self._runner
         batch = upload(self._host, runner.slot_table)
         runner.update_slot_table(batch.table_index, batch.table_slots)
+        if not self._host.decode_reqs:
+            return batch, batch.input_ids
         decoding = batch.forward.rows[: self._host.decode_reqs]
         return batch, torch.cat([runner.relay[decoding], batch.input_ids])
 
