@@ -21,7 +21,6 @@ small lane has few programs, each of which must keep its SM's share of the bandw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,18 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
+from sgl_kernel.decode_cut import CUT_RULE, chunk_tokens, cut_at, even_teams, request_of
 from sgl_kernel.launch import Launcher
 from sgl_kernel.online_softmax import combine, first_columns, fold_columns
 from sgl_kernel.paged_batch import PagedBatch, check_attention_args
 
-# A short sequence is cut finer, since it may be alone and should still reach many SMs.
-_SHORT_SEQ_TOKENS = 1024
-_SHORT_CHUNK_TOKENS = 128
-_MIN_CHUNK_TOKENS = 512
-_MAX_CHUNKS = 64
-# Chunks double until at most _MAX_CHUNKS remain; the kernel unrolls this many doublings, enough
-# for 67 million tokens. Later chunks would only become more numerous, not wrong.
-_MAX_DOUBLINGS = 12
 # Elements that a program loads at one time to merge: as many as its registers hold.
 _MERGE_ELEMENTS = 4096
 _MERGE_UNROLL = 8
@@ -71,22 +63,6 @@ def decode_attention_ref(
         attended = torch.einsum("hgk,khd->hgd", scores.softmax(-1), v_cache[slots].double())
         out[starts[req]] = attended.flatten(0, 1)
     return out
-
-
-def num_chunks(seq_len: int) -> int:
-    """Into how many chunks a sequence of that length is cut; at least 1."""
-    chunk_tokens = _MIN_CHUNK_TOKENS if seq_len > _SHORT_SEQ_TOKENS else _SHORT_CHUNK_TOKENS
-    for _ in range(_MAX_DOUBLINGS):
-        if seq_len > chunk_tokens * _MAX_CHUNKS:
-            chunk_tokens *= 2
-    return max(1, -(-seq_len // chunk_tokens))
-
-
-def most_chunks(max_seq_len: int) -> int:
-    """The most chunks that any sequence up to that length is cut into: a longer one may be cut
-    into fewer."""
-    borders = (_SHORT_SEQ_TOKENS, _MIN_CHUNK_TOKENS * _MAX_CHUNKS, max_seq_len)
-    return max(num_chunks(seq_len) for seq_len in borders if seq_len <= max_seq_len)
 
 
 @dataclass(slots=True)
@@ -128,11 +104,6 @@ class DecodeScratch:
         return int(self.norm.shape[0])
 
 
-def chunks_needed(seq_lens: Iterable[int]) -> int:
-    """Chunks of all the given sequences together: the scratch that one launch over them takes."""
-    return sum(map(num_chunks, seq_lens))
-
-
 class _Tile(NamedTuple):
     """block_n: tokens of a block; it divides every chunk. num_stages: blocks in shared memory, one
     of them at work. programs_per_sm: as shared memory allows."""
@@ -154,37 +125,6 @@ def _tile(dtype: torch.dtype, block_dim: int) -> _Tile:
     return _Tile(block_n=64, num_warps=4, num_stages=3, programs_per_sm=1)
 
 
-class _Cut(NamedTuple):
-    """How the kernel cuts sequences: what num_chunks() reads, handed over as one constant."""
-
-    short_seq: int
-    short_chunk: int
-    min_chunk: int
-    max_chunks: int
-    max_doublings: int
-
-
-_CUT = _Cut(_SHORT_SEQ_TOKENS, _SHORT_CHUNK_TOKENS, _MIN_CHUNK_TOKENS, _MAX_CHUNKS, _MAX_DOUBLINGS)
-
-
-@triton.jit
-def _chunk_tokens(seq_len, CUT: tl.constexpr):
-    chunk = tl.where(seq_len > CUT.short_seq, CUT.min_chunk, CUT.short_chunk)
-    for _ in tl.static_range(tl.constexpr(CUT.max_doublings)):
-        chunk = tl.where(seq_len > chunk * CUT.max_chunks, chunk * 2, chunk)
-    return chunk
-
-
-@triton.jit
-def _request_of(block, block_ends, chunk_ends):
-    """The request that a block of the line belongs to, its first block, and its first chunk."""
-    before = block_ends <= block
-    req = tl.sum(before.to(tl.int32), axis=0)
-    first_block = tl.max(tl.where(before, block_ends, 0), axis=0)
-    first_chunk = tl.max(tl.where(before, chunk_ends, 0), axis=0)
-    return req, first_block, first_chunk
-
-
 @triton.jit
 def _own_token(token, seq_len):
     """The token; behind the sequence, its last one, to be read again with a weight of 0.
@@ -192,31 +132,6 @@ def _own_token(token, seq_len):
     Whatever lies in a slot that is not the request's own must not reach a sum: 0 * nan is nan.
     """
     return tl.maximum(tl.minimum(token, seq_len - 1), 0)
-
-
-@triton.jit
-def _cut_at(
-    block, num_blocks, block_ends, chunk_ends, seq_lens, BLOCK_N: tl.constexpr, CUT: tl.constexpr
-):
-    """The first chunk border at or behind a block of the line."""
-    cut = num_blocks
-    if block < num_blocks:
-        req, first_block, _ = _request_of(block, block_ends, chunk_ends)
-        seq_len = tl.load(seq_lens + req)
-        chunk_blocks = _chunk_tokens(seq_len, CUT) // BLOCK_N
-        in_req = tl.cdiv(block - first_block, chunk_blocks) * chunk_blocks
-        cut = first_block + tl.minimum(in_req, tl.maximum(tl.cdiv(seq_len, BLOCK_N), 1))
-    return cut
-
-
-@triton.jit
-def _even_teams(teams, reqs):
-    """How many teams share the line: as many for each request, if nearly all then have work.
-
-    Requests of like length are then cut where they meet, if at all: nothing has to be merged.
-    """
-    even = teams // tl.maximum(reqs, 1) * reqs
-    return tl.where(even * 10 >= teams * 9, even, teams)
 
 
 @triton.jit
@@ -317,7 +232,7 @@ def _decode_kernel(
     decoding = end_tokens - first_tokens == 1
     # An empty sequence keeps one masked block, so that its row of out is written: with zeros.
     blocks = tl.where(decoding, tl.maximum(tl.cdiv(lens, BLOCK_N), 1), 0)
-    chunks = tl.where(decoding, tl.maximum(tl.cdiv(lens, _chunk_tokens(lens, CUT)), 1), 0)
+    chunks = tl.where(decoding, tl.maximum(tl.cdiv(lens, chunk_tokens(lens, CUT)), 1), 0)
     block_ends = tl.cumsum(blocks, axis=0)
     chunk_ends = tl.cumsum(chunks, axis=0)
     num_blocks = tl.sum(blocks, axis=0)
@@ -325,10 +240,10 @@ def _decode_kernel(
     # Neighbouring programs read neighbouring heads of the same tokens at about the same time.
     kv_head = tl.program_id(0) % KV_HEADS
     team = tl.program_id(0) // KV_HEADS
-    teams = _even_teams(tl.num_programs(0) // KV_HEADS, tl.sum(decoding.to(tl.int32), axis=0))
+    teams = even_teams(tl.num_programs(0) // KV_HEADS, tl.sum(decoding.to(tl.int32), axis=0))
     share = num_blocks // teams
     spare = num_blocks % teams
-    begin = _cut_at(
+    begin = cut_at(
         team * share + tl.minimum(team, spare),
         num_blocks,
         block_ends,
@@ -337,7 +252,7 @@ def _decode_kernel(
         BLOCK_N,
         CUT,
     )
-    end = _cut_at(
+    end = cut_at(
         (team + 1) * share + tl.minimum(team + 1, spare),
         num_blocks,
         block_ends,
@@ -371,9 +286,9 @@ def _decode_kernel(
     fold_peak = tl.full([1, COLUMNS], float("-inf"), dtype=tl.float32)
 
     tokens = tl.arange(0, BLOCK_N)
-    req, first_block, shared_chunk = _request_of(begin, block_ends, chunk_ends)
+    req, first_block, shared_chunk = request_of(begin, block_ends, chunk_ends)
     seq_len = tl.load(seq_lens + req)
-    chunk_blocks = _chunk_tokens(seq_len, CUT) // BLOCK_N
+    chunk_blocks = chunk_tokens(seq_len, CUT) // BLOCK_N
     queries_at = query + tl.load(new_starts + req).to(tl.int64) * q_token_stride
     slot_row = slot_table + tl.load(rows + req).to(tl.int64) * slot_table_stride
     slot = tl.load(slot_row + _own_token((begin - first_block) * BLOCK_N + tokens, seq_len))
@@ -388,9 +303,9 @@ def _decode_kernel(
         next_seq_len = seq_len
         next_chunk_blocks = chunk_blocks
         if (block + 1 == req_end) & (block + 1 < end):
-            next_req, next_first_block, _ = _request_of(block + 1, block_ends, chunk_ends)
+            next_req, next_first_block, _ = request_of(block + 1, block_ends, chunk_ends)
             next_seq_len = tl.load(seq_lens + next_req)
-            next_chunk_blocks = _chunk_tokens(next_seq_len, CUT) // BLOCK_N
+            next_chunk_blocks = chunk_tokens(next_seq_len, CUT) // BLOCK_N
             queries_at = query + tl.load(new_starts + next_req).to(tl.int64) * q_token_stride
             slot_row = slot_table + tl.load(rows + next_req).to(tl.int64) * slot_table_stride
         next_col = (block + 1 - next_first_block) * BLOCK_N + tokens
@@ -448,11 +363,11 @@ def _decode_kernel(
 
     # The run's first and last request may be shared with other teams.
     for side in range(2):
-        req, first_block, first_chunk = _request_of(
+        req, first_block, first_chunk = request_of(
             tl.where(side == 0, begin, end - 1), block_ends, chunk_ends
         )
         seq_len = tl.load(seq_lens + req)
-        chunk_blocks = _chunk_tokens(seq_len, CUT) // BLOCK_N
+        chunk_blocks = chunk_tokens(seq_len, CUT) // BLOCK_N
         req_end = first_block + tl.maximum(tl.cdiv(seq_len, BLOCK_N), 1)
         shared = (first_block < begin) | (req_end > end)
         seen = (side == 1) & (first_block <= begin)
@@ -579,7 +494,7 @@ def decode_attention(
             tile.block_n,
             # Few distinct values: each is a compilation.
             max(128, triton.next_power_of_2(num_reqs)),
-            _CUT,
+            CUT_RULE,
             max(1, min(_MERGE_UNROLL, _MERGE_ELEMENTS // (block_group * block_dim))),
             tile.num_stages,
         ),

@@ -23,12 +23,10 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from sgl_kernel.decode_attention import (  # noqa: E402
     DecodeScratch,
-    chunks_needed,
     decode_attention,
     decode_attention_ref,
-    most_chunks,
-    num_chunks,
 )
+from sgl_kernel.decode_cut import chunks_needed, most_chunks, num_chunks  # noqa: E402
 from sgl_kernel.paged_batch import PagedBatch  # noqa: E402
 from sgl_kernel.prefill_attention import prefill_attention, prefill_attention_ref  # noqa: E402
 from sglang.srt.errors import ConfigError  # noqa: E402

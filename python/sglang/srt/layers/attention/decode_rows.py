@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sgl_kernel.decode_attention import DecodeScratch, chunks_needed, decode_attention
+from sgl_kernel.decode_attention import DecodeScratch, decode_attention
+from sgl_kernel.decode_cut import chunks_needed
 from sgl_kernel.paged_batch import PagedBatch
 from sglang.srt.layers.attention.base import KVPool
 from sglang.srt.mem_cache.slot_table import PADDING_ROW

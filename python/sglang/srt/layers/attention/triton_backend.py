@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sgl_kernel.decode_attention import DecodeScratch, chunks_needed, decode_attention, most_chunks
+from sgl_kernel.decode_attention import DecodeScratch, decode_attention
+from sgl_kernel.decode_cut import chunks_needed, most_chunks
 from sgl_kernel.paged_batch import PagedBatch
 from sgl_kernel.prefill_attention import prefill_attention
 from sglang.srt.errors import ConfigError
