@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
+from benchmark.server_process import ServerProcess
+from benchmark.smollm2 import model_path
+
 HERE = Path(__file__).parent
+START_LIMIT_S = 240.0
+STOP_LIMIT_S = 60.0
+
+T = TypeVar("T")
 
 
 def pytest_addoption(parser):
@@ -50,3 +60,32 @@ def mooncake_trace(request) -> Path:
     if not path.is_file():
         pytest.skip("needs --workloads=FOLDER with mooncake_conversation.jsonl.gz")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    try:
+        return model_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def ask_server():
+    """ask_server(model, flags, ask): what ask(base_url) returns of a server with these flags."""
+
+    def run(model: Path, flags: Sequence[str], ask: Callable[[str], T]) -> T:
+        server = ServerProcess(model, flags)
+        try:
+            asyncio.run(server.wait_ready(START_LIMIT_S, lambda: None))
+            answer = ask(server.base_url)
+            server.stop(STOP_LIMIT_S)
+            return answer
+        except Exception:
+            print(server.log_tail())
+            raise
+        finally:
+            server.kill()
+
+    return run

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from benchmark.greedy import Reference, ask_all, twenty_prompts
-from benchmark.server_process import ServerProcess
-from benchmark.smollm2 import model_path
 
 NEW_TOKENS = 64
 AT_ONCE = 8
 MAX_PROMPTS_WITH_TIES = 3
-START_LIMIT_S = 240.0
-STOP_LIMIT_S = 60.0
 
 SERVERS = {
     "gpu, multiplexing": ["--device=cuda", "--enable-pd-multiplex"],
@@ -29,43 +23,28 @@ SERVERS = {
 
 
 @pytest.fixture(scope="module")
-def model():
-    try:
-        return model_path()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def answers(model):
+def answers(smollm2, ask_server):
     """The answers of each server: cold, then again from the prefix cache."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     texts = twenty_prompts(tokenizer)
+
+    def ask(base_url):
+        cold = ask_all(base_url, texts, NEW_TOKENS, at_once=AT_ONCE)
+        prompts = [answered.prompt for answered in cold]
+        return cold, ask_all(base_url, prompts, NEW_TOKENS, at_once=AT_ONCE)
+
     found = {}
     for name, flags in SERVERS.items():
-        server = ServerProcess(model, ["--dtype=float32", "--max-total-tokens=48K", *flags])
-        try:
-            asyncio.run(server.wait_ready(START_LIMIT_S, lambda: None))
-            cold = ask_all(server.base_url, texts, NEW_TOKENS, at_once=AT_ONCE)
-            prompts = [answered.prompt for answered in cold]
-            found[name] = cold
-            found[f"{name}, cached"] = ask_all(
-                server.base_url, prompts, NEW_TOKENS, at_once=AT_ONCE
-            )
-            server.stop(STOP_LIMIT_S)
-        except Exception:
-            print(server.log_tail())
-            raise
-        finally:
-            server.kill()
+        flags = ["--dtype=float32", "--max-total-tokens=48K", *flags]
+        found[name], found[f"{name}, cached"] = ask_server(smollm2, flags, ask)
     return found
 
 
 @pytest.mark.timeout(540)
-def test_greedy_tokens_agree(answers, model):
-    reference = Reference(model)
+def test_greedy_tokens_agree(answers, smollm2):
+    reference = Reference(smollm2)
     plain = [answered.output for answered in answers["gpu"]]
     for name, run in answers.items():
         tied = sum(reference.ties(a.prompt, a.output) > 0 for a in run)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from benchmark.greedy import TEXTS, Reference, ask_all
-from benchmark.server_process import ServerProcess
-from benchmark.smollm2 import model_path
 
 NEEDLE = " The password of the old harbour gate is BLUE HERON SEVEN."
 QUESTION = "What is the password of the old harbour gate?"
 NEW_TOKENS = 24
 CONTEXTS = (1024, 4096, 8192 - NEW_TOKENS)
 DEPTHS = (0.1, 0.5, 0.9)  # where in the text the needle lies
-START_LIMIT_S = 240.0
-STOP_LIMIT_S = 60.0
 
 # A chunk cuts the long prompts, so that most of their attention is over what is cached.
 SERVERS = {
@@ -29,14 +23,6 @@ SERVERS = {
     "torch_native": ["--device=cuda", "--attention-backend=torch_native"],
     "torch_native on CPU": ["--device=cpu"],
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    try:
-        return model_path()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def haystacks(tokenizer) -> list[str]:
@@ -58,23 +44,19 @@ def haystacks(tokenizer) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def answers(model):
+def answers(smollm2, ask_server):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     prompts = haystacks(tokenizer)
-    found = {}
-    for name, flags in SERVERS.items():
-        server = ServerProcess(model, ["--dtype=float32", "--max-total-tokens=64K", *flags])
-        try:
-            asyncio.run(server.wait_ready(START_LIMIT_S, lambda: None))
-            found[name] = ask_all(server.base_url, prompts, NEW_TOKENS, at_once=3)
-            server.stop(STOP_LIMIT_S)
-        except Exception:
-            print(server.log_tail())
-            raise
-        finally:
-            server.kill()
+    found = {
+        name: ask_server(
+            smollm2,
+            ["--dtype=float32", "--max-total-tokens=64K", *flags],
+            lambda base_url: ask_all(base_url, prompts, NEW_TOKENS, at_once=3),
+        )
+        for name, flags in SERVERS.items()
+    }
     for prompt, answered in zip(prompts, found["triton"], strict=True):
         depth = prompt.find(NEEDLE) / len(prompt)
         print(f"\n{len(answered.prompt)} tokens, needle at {depth:.0%}: ", end="")
@@ -83,8 +65,8 @@ def answers(model):
 
 
 @pytest.mark.timeout(540)
-def test_every_backend_gives_the_same_answer(answers, model):
-    reference = Reference(model)
+def test_every_backend_gives_the_same_answer(answers, smollm2):
+    reference = Reference(smollm2)
     plain = answers["torch_native on CPU"]
     assert max(len(answered.prompt) for answered in plain) > 8000
     for name, run in answers.items():

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 from drift_scheduler.lane import Phase
 from sglang.srt.layers.attention.flashinfer_backend import is_installed
 from sglang.srt.layers.matmul.base import TorchMatmul
