@@ -158,10 +158,9 @@ def test_attend_without_a_plan_is_a_bug():
         case.run(0)
 
 
-def test_kv_pool_counts_its_bytes():
+def test_kv_pool_layers_are_views_of_it():
     pool = DeviceKVPool(11, 3, 2, 10, torch.bfloat16, "cpu")
-    assert pool.bytes_per_slot == 2 * 3 * 2 * 10 * 2
-    assert pool.keys.nbytes + pool.values.nbytes == 11 * pool.bytes_per_slot
+    assert pool.keys.nbytes + pool.values.nbytes == 11 * (2 * 3 * 2 * 10 * 2)
     keys, values = pool.layer(2)
     keys[4], values[4] = 1.0, 2.0
     assert pool.keys[2, 4].unique().tolist() == [1.0]

@@ -30,12 +30,6 @@ class DeviceKVPool:
         self.values = _zeros(shape, dtype, torch.device(device))
         self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
 
-    @property
-    def bytes_per_slot(self) -> int:
-        """Bytes that one token takes, keys and values of all layers."""
-        num_layers, _, kv_heads, head_dim = self.keys.shape
-        return 2 * num_layers * kv_heads * head_dim * self.keys.itemsize
-
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of one layer, each [slots, kv_heads, head_dim], views of the pool."""
         return self._layers[index]
