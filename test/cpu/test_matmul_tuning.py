@@ -112,6 +112,18 @@ def test_pieces_have_their_compiled_size_and_the_rest_takes_a_lower_rung(
     assert recorder.calls[4:] == [(DEEP_GEMM, 2048)]
 
 
+def test_fewer_rows_than_the_smallest_piece_are_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder = Recorder(monkeypatch)
+    matmul = lane({2048: DEEP_GEMM})
+    layer = linear()
+    for m in (300, 2048 + 300):
+        x = torch.randn(m, SHAPE.k)
+        torch.testing.assert_close(matmul(x, layer), layer(x))
+    assert recorder.calls == [(DEEP_GEMM, 2048)]
+
+
 def test_deep_gemm_never_runs_rows_that_it_did_not_compile() -> None:
     assert [deep_gemm_piece(m) for m in (1, 2047, 2048, 4095, 4096, 8192)] == [
         0,

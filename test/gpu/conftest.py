@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,14 +74,20 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ask_server():
-    """ask_server(model, flags, ask): what ask(base_url) returns of a server with these flags."""
+def ask_servers():
+    """ask_servers(model, {name: flags}, ask): what ask(base_url) returns of each server, by name.
 
-    def run(model: Path, flags: Sequence[str], ask: Callable[[str], T]) -> T:
+    All of them run at once, for most of the time goes into starting them.
+    """
+
+    def one(name: str, model: Path, flags: Sequence[str], ask: Callable[[str], T]) -> T:
         server = ServerProcess(model, flags)
         try:
-            asyncio.run(server.wait_ready(START_LIMIT_S, lambda: None))
+            ready_s = asyncio.run(server.wait_ready(START_LIMIT_S, lambda: None))
+            asked_s = time.monotonic()
             answer = ask(server.base_url)
+            answered_s = time.monotonic() - asked_s
+            print(f"{name}: ready after {ready_s:.0f} s, all answered after {answered_s:.0f} more")
             server.stop(STOP_LIMIT_S)
             return answer
         except Exception:
@@ -87,5 +95,14 @@ def ask_server():
             raise
         finally:
             server.kill()
+
+    def run(
+        model: Path, servers: Mapping[str, Sequence[str]], ask: Callable[[str], T]
+    ) -> dict[str, T]:
+        with ThreadPoolExecutor(len(servers)) as pool:
+            asked = {
+                name: pool.submit(one, name, model, flags, ask) for name, flags in servers.items()
+            }
+            return {name: answer.result() for name, answer in asked.items()}
 
     return run

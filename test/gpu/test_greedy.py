@@ -23,7 +23,7 @@ SERVERS = {
 
 
 @pytest.fixture(scope="module")
-def answers(smollm2, ask_server):
+def answers(smollm2, ask_servers):
     """The answers of each server: cold, then again from the prefix cache."""
     from transformers import AutoTokenizer
 
@@ -35,10 +35,13 @@ def answers(smollm2, ask_server):
         prompts = [answered.prompt for answered in cold]
         return cold, ask_all(base_url, prompts, NEW_TOKENS, at_once=AT_ONCE)
 
+    servers = {
+        name: ["--dtype=float32", "--max-total-tokens=48K", *flags]
+        for name, flags in SERVERS.items()
+    }
     found = {}
-    for name, flags in SERVERS.items():
-        flags = ["--dtype=float32", "--max-total-tokens=48K", *flags]
-        found[name], found[f"{name}, cached"] = ask_server(smollm2, flags, ask)
+    for name, (cold, cached) in ask_servers(smollm2, servers, ask).items():
+        found[name], found[f"{name}, cached"] = cold, cached
     return found
 
 

@@ -44,19 +44,18 @@ def haystacks(tokenizer) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def answers(smollm2, ask_server):
+def answers(smollm2, ask_servers):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     prompts = haystacks(tokenizer)
-    found = {
-        name: ask_server(
-            smollm2,
-            ["--dtype=float32", "--max-total-tokens=64K", *flags],
-            lambda base_url: ask_all(base_url, prompts, NEW_TOKENS, at_once=3),
-        )
+    servers = {
+        name: ["--dtype=float32", "--max-total-tokens=64K", *flags]
         for name, flags in SERVERS.items()
     }
+    found = ask_servers(
+        smollm2, servers, lambda base_url: ask_all(base_url, prompts, NEW_TOKENS, at_once=3)
+    )
     for prompt, answered in zip(prompts, found["triton"], strict=True):
         depth = prompt.find(NEEDLE) / len(prompt)
         print(f"\n{len(answered.prompt)} tokens, needle at {depth:.0%}: ", end="")

@@ -88,21 +88,20 @@ class LaneMatmul:
     def _fill(
         self, kernel: _Kernel, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor
     ) -> None:
-        if not kernel.piece:
-            kernel.product(x, weight, out)
+        m = x.shape[0]
+        piece = kernel.piece or m
+        whole = m - m % piece
+        for first in range(0, whole, piece):
+            last = first + piece
+            kernel.product(x[first:last], weight, out[first:last])
+        if whole == m:
             return
-        m, done = x.shape[0], 0
-        while m - done >= kernel.piece:
-            end = done + kernel.piece
-            kernel.product(x[done:end], weight, out[done:end])
-            done = end
-        if done < m:
-            # Fewer rows than a piece: a lower rung, at last one without pieces.
-            rest = self._find(self._products, x[done:], weight)
-            if rest is None:
-                torch.mm(x[done:], weight.t(), out=out[done:])
-            else:
-                self._fill(rest, x[done:], weight, out[done:])
+        # Fewer rows than a piece: a lower rung, or torch where that one's pieces are too large.
+        rest = self._find(self._products, x[whole:], weight)
+        if rest is None or rest.piece > m - whole:
+            torch.mm(x[whole:], weight.t(), out=out[whole:])
+        else:
+            self._fill(rest, x[whole:], weight, out[whole:])
 
 
 def _ladder(choices: Mapping[int, Choice | None], num_sms: int, *, fused: bool) -> _Ladder | None:
