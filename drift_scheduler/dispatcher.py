@@ -1,56 +1,52 @@
-"""The decision of one turn: which partition, and what each worker may launch.
+"""The decision of a turn: whom to admit, on which partition, and what each worker may launch.
 
 A dispatcher is a pure function of a frozen view and the time; it owns no engine state.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.partition import Partition
+from drift_scheduler.view import LoadView
+
+# Slices launched and not finished: one that runs and one behind it, so that the lane never
+# waits for the host, and never more, so that the plan can still change.
+MAX_SLICES_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillView:
-    """The prefill batch in flight.
+class Forecast:
+    """How long a launch is expected to take, and at worst."""
 
-    tokens: new tokens of the batch. layers_launched counts from the bottom. layer_s: measured
-    mean time of its finished layers, None before the first has finished.
-    """
+    expected_s: float
+    worst_s: float
 
-    tokens: int
-    layers_launched: int
-    layers_total: int
-    slices_in_flight: int
-    layer_s: float | None
-
-    @property
-    def layers_left(self) -> int:
-        return self.layers_total - self.layers_launched
+    def times(self, count: float) -> Forecast:
+        """Of `count` such launches in a row, or of a part of one."""
+        return Forecast(self.expected_s * count, self.worst_s * count)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadView:
-    """What a dispatcher may know.
+class Admission:
+    """Who goes into a new prefill batch.
 
-    waiting: prompts that a launch could take up, the half-filled one included; waiting_tokens:
-    their tokens that no launch has taken yet, prefixes that may be cached counted too.
-    decode_step_s: time of the last settled step without prompt tokens, if any.
+    order: keys of waiting prompts, the first ones first; others stay. None leaves the choice to
+    the engine's queue. tokens: new tokens of the batch at most; None takes the engine's limit.
+    preempts: the batch in flight is parked at a layer boundary, and goes on when the new one is
+    done; then no prompt of the new one may be cut. shed: keys of prompts to be refused, for they
+    cannot have their first token in time.
     """
 
-    waiting: int
-    running: int
-    decode_in_flight: int
-    prefill: PrefillView | None
-    decode_step_s: float | None = None
-    waiting_tokens: int = 0
+    order: tuple[str, ...] | None = None
+    tokens: int | None = None
+    preempts: bool = False
+    shed: tuple[str, ...] = ()
 
-    @property
-    def can_fuse(self) -> bool:
-        """Whether a step launched now could carry prompt tokens."""
-        return self.waiting > 0 and self.prefill is None
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +55,21 @@ class Plan:
 
     fused_tokens: prompt tokens, at most, that ride in the decode step. Such a step has the whole
     device. It goes without them while a prefill batch is in flight (LoadView.can_fuse).
+    fused_order: whose tokens; None leaves the choice to the engine's queue.
+    step, layer: forecasts of the decode step and of one prefill layer, where a model made them.
+    reason: why, in a few words, for the timeline. look_again_s: when to plan anew even if
+    nothing has happened by then.
     """
 
     partition: Partition
     decode: bool = False
     prefill_layers: int = 0
     fused_tokens: int = 0
+    fused_order: tuple[str, ...] | None = None
+    step: Forecast | None = None
+    layer: Forecast | None = None
+    reason: str = ""
+    look_again_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.fused_tokens == 0:
@@ -76,117 +81,14 @@ class Plan:
 
 
 class Dispatcher(Protocol):
-    def admits(self, view: LoadView, now_s: float) -> bool:
-        """Whether a new prefill batch may be formed. Asked only with requests waiting and no
-        prefill batch in flight."""
+    def admit(self, view: LoadView, now_s: float) -> Admission | None:
+        """Who goes into a new prefill batch, None if there is to be none now.
+
+        Asked only with prompts waiting and either no prefill batch in flight or one that could be
+        pre-empted: its last layer is not launched, and it has not pre-empted another itself.
+        """
         ...
 
     def dispatch(self, view: LoadView, now_s: float) -> Plan:
-        """What to launch. The view holds the prefill batch that `admits` let in, if any."""
+        """What to launch. The view holds the prefill batch that `admit` let in, if any."""
         ...
-
-
-# Slices launched and not finished: one that runs and one behind it, so that the lane never
-# waits for the host, and never more, so that the plan can still change.
-MAX_SLICES_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class TakeTurns:
-    """The whole device for one phase at a time, prefill first: a server without multiplexing."""
-
-    table: PartitionTable
-    decode_depth: int = 2
-
-    def admits(self, view: LoadView, now_s: float) -> bool:
-        return True
-
-    def dispatch(self, view: LoadView, now_s: float) -> Plan:
-        if view.prefill is not None:
-            return Plan(self.table.whole, prefill_layers=view.prefill.layers_left)
-        decode = view.running > 0 and view.decode_in_flight < self.decode_depth
-        return Plan(self.table.whole, decode=decode)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunked:
-    """Prompts ride in decode steps, on the whole device: what others call a mixed chunk.
-
-    A step has at most `step_tokens` tokens, one of each running request and prompt tokens in what
-    is left. With nothing waiting it is a plain decode step, with nothing running a chunk of
-    `step_tokens`. While `step_tokens` requests or more are running no prompt goes on.
-    """
-
-    table: PartitionTable
-    step_tokens: int
-    decode_depth: int = 2
-
-    def __post_init__(self) -> None:
-        if self.step_tokens < 1:
-            raise ValueError(f"step_tokens={self.step_tokens} must be at least 1")
-
-    def admits(self, view: LoadView, now_s: float) -> bool:
-        return False
-
-    def dispatch(self, view: LoadView, now_s: float) -> Plan:
-        room = max(self.step_tokens - view.running, 0) if view.can_fuse else 0
-        decode = (view.running > 0 or room > 0) and view.decode_in_flight < self.decode_depth
-        return Plan(self.table.whole, decode=decode, fused_tokens=room if decode else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class SplitByBatchSize:
-    """Both phases at once; the decode share is read from a table of decode batch sizes.
-
-    thresholds[i] is the smallest decode batch for splits[i]; a batch below all of them uses the
-    first. With one phase absent the other gets the whole device and is not sliced.
-    layer_token_budget caps a slice: layers x new tokens.
-    """
-
-    table: PartitionTable
-    thresholds: tuple[int, ...]
-    layer_token_budget: int = 65536
-    decode_depth: int = 2
-
-    def __post_init__(self) -> None:
-        if len(self.thresholds) != len(self.table.splits) or not self.thresholds:
-            raise ValueError(
-                f"{len(self.thresholds)} thresholds for {len(self.table.splits)} splits"
-            )
-        if list(self.thresholds) != sorted(self.thresholds):
-            raise ValueError(f"thresholds {self.thresholds} are not sorted")
-
-    def admits(self, view: LoadView, now_s: float) -> bool:
-        return True
-
-    def dispatch(self, view: LoadView, now_s: float) -> Plan:
-        both = view.running > 0 and view.prefill is not None
-        return Plan(
-            self._split_for(view.running) if both else self.table.whole,
-            decode=view.running > 0 and view.decode_in_flight < self.decode_depth,
-            prefill_layers=self._layers(view, sliced=both),
-        )
-
-    def _split_for(self, decode_batch: int) -> Partition:
-        position = sum(threshold <= decode_batch for threshold in self.thresholds)
-        return self.table.splits[max(position - 1, 0)]
-
-    def _layers(self, view: LoadView, sliced: bool) -> int:
-        """Just enough layers to outlast a decode step, as in Drift: N_PL = ceil(T_d * L / T_p)."""
-        prefill = view.prefill
-        if prefill is None:
-            return 0
-        if not sliced:
-            return prefill.layers_left
-        if prefill.slices_in_flight >= MAX_SLICES_IN_FLIGHT:
-            return 0
-        if prefill.layer_s is None or view.decode_step_s is None:
-            return min(prefill.layers_left, 1)
-        enough = math.ceil(view.decode_step_s / max(prefill.layer_s, 1e-6))
-        budget = self.layer_token_budget // max(prefill.tokens, 1)
-        return min(prefill.layers_left, max(enough, 1), max(budget, 1))
-
-
-def even_thresholds(splits: int, batch_size_for_last: int) -> tuple[int, ...]:
-    """Thresholds that rise evenly up to batch_size_for_last, where the last split begins."""
-    return (1, *(-(-batch_size_for_last * (i + 1) // splits) for i in range(1, splits)))
