@@ -15,26 +15,30 @@ memory; the gang owns what is in flight.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from drift_scheduler.dispatcher import Dispatcher, LoadView, PrefillView
+from drift_scheduler.backlog import Backlog
+from drift_scheduler.dispatcher import Admission, Dispatcher, Forecast, Plan
 from drift_scheduler.lane import Lane, LaneProvider, Phase, Ticket, Work
 from drift_scheduler.partition import Partition
+from drift_scheduler.shapes import DecodeShape, PrefillShape
 from drift_scheduler.timeline import LaneRun, Timeline
+from drift_scheduler.view import LoadView, PrefillView
 
 
 class PrefillJob(Protocol):
     """A batch of prompts (or chunks of prompts) that runs through the layers in slices."""
 
     @property
-    def requests(self) -> int: ...
+    def shape(self) -> PrefillShape: ...
 
     @property
-    def tokens(self) -> int:
-        """New tokens, those found in the prefix cache not counted."""
+    def due_s(self) -> float:
+        """When the first token of one of its prompts is due, the earliest; infinity without."""
         ...
 
     @property
@@ -43,7 +47,10 @@ class PrefillJob(Protocol):
         ...
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
-        """Layers first..last-1; the last slice also samples each prompt's first token."""
+        """Layers first..last-1; the last slice also samples each prompt's first token.
+
+        Slices of another job may have run on the lane since the last one.
+        """
         ...
 
 
@@ -51,19 +58,25 @@ class DecodeJob(Protocol):
     """One decode step of every running request, and prompt tokens that ride in it."""
 
     @property
-    def requests(self) -> int: ...
-
-    @property
-    def tokens(self) -> int:
-        """New tokens, those of prompts included."""
+    def shape(self) -> DecodeShape:
+        """Of the running requests."""
         ...
 
     @property
-    def fused_tokens(self) -> int:
-        """Those of prompts; 0 in a plain decode step."""
+    def fused(self) -> PrefillShape | None:
+        """Of the prompts that ride in it; None in a plain decode step."""
         ...
 
     def step_work(self, lane: Lane) -> Work: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLoad:
+    """The next decode step; see LoadView for the fields."""
+
+    shape: DecodeShape
+    tbt_s: float = math.inf
+    joined_due_s: float = math.inf
 
 
 P = TypeVar("P", bound=PrefillJob)
@@ -87,25 +100,38 @@ class Engine(Protocol[P, D]):
         ...
 
     @property
-    def running(self) -> int:
-        """Requests that want another decode step."""
+    def backlog(self) -> Backlog:
+        """The waiting prompts, to choose among."""
         ...
 
-    def begin_prefill(self) -> P | None:
-        """Forms a batch and takes memory for it; None if nothing fits now."""
+    def decode_load(self) -> DecodeLoad:
+        """Of the requests that want another decode step."""
+        ...
+
+    def shed(self, keys: Sequence[str]) -> None:
+        """Refuses waiting prompts: the server is overloaded."""
+        ...
+
+    def begin_prefill(self, admission: Admission) -> P | None:
+        """Forms a batch and takes memory for it; None if nothing fits now.
+
+        With admission.preempts a batch is in flight and stays so; no prompt is cut.
+        """
         ...
 
     def finish_prefill(self, job: P) -> None:
         """All launched slices are done. A job that was cancelled half way also ends here."""
         ...
 
-    def begin_decode(self, steps_in_flight: int, fused_tokens: int) -> D | None:
+    def begin_decode(
+        self, steps_in_flight: int, fused_tokens: int, fused_order: Sequence[str] | None
+    ) -> D | None:
         """The next step, with memory for its tokens; None if no request can take one now.
 
         fused_tokens: prompt tokens that may ride in it; always 0 beside a prefill batch, since
-        two half-filled prompts could wait for each other's memory. The steps before it are not
-        settled yet: a prompt goes on where the last launch left it, and one that the last launch
-        completed takes its first decode step.
+        two half-filled prompts could wait for each other's memory. fused_order: see Plan. The
+        steps before it are not settled yet: a prompt goes on where the last launch left it, and
+        one that the last launch completed takes its first decode step.
         """
         ...
 
@@ -119,6 +145,9 @@ class _Slice:
     ticket: Ticket
     partition: Partition
     layers: int
+    beside: DecodeShape | None
+    forecast: Forecast | None
+    reason: str
 
 
 @dataclass(slots=True)
@@ -131,11 +160,12 @@ class _Prefill(Generic[P]):
 
     def view(self, num_layers: int) -> PrefillView:
         return PrefillView(
-            tokens=self.job.tokens,
+            shape=self.job.shape,
             layers_launched=self.launched,
             layers_total=num_layers,
             slices_in_flight=len(self.in_flight),
             layer_s=self.finished_s / self.finished if self.finished else None,
+            due_s=self.job.due_s,
         )
 
 
@@ -144,10 +174,21 @@ class _Step(Generic[D]):
     job: D
     ticket: Ticket
     partition: Partition
+    launched_s: float
+    beside: PrefillShape | None
+    forecast: Forecast | None
+    reason: str
+
+
+def _nothing(run: LaneRun) -> None:
+    return None
 
 
 class Gang(Generic[P, D]):
-    """Two workers in step. `turn` does what can be done now and returns at once."""
+    """Two workers in step. `turn` does what can be done now and returns at once.
+
+    observe: called with every run as it is settled.
+    """
 
     def __init__(
         self,
@@ -156,15 +197,22 @@ class Gang(Generic[P, D]):
         dispatcher: Dispatcher,
         timeline: Timeline,
         clock: Callable[[], float],
+        observe: Callable[[LaneRun], None] = _nothing,
     ) -> None:
+        self.dispatcher = dispatcher  # may be replaced between turns
+        self.look_again_s: float | None = None
+        """When the next turn is due even if nothing happens by then."""
         self._engine = engine
         self._lanes = lanes
-        self._dispatcher = dispatcher
         self._timeline = timeline
         self._clock = clock
+        self._observe = observe
         self._prefill: _Prefill[P] | None = None
+        # A batch that the one in flight has pre-empted.
+        self._parked: _Prefill[P] | None = None
         self._decode: deque[_Step[D]] = deque()
         self._decode_step_s: float | None = None
+        self._decode_ended_s = 0.0
         # A phase's launches may move between lanes: each one runs behind the last of its phase.
         self._last_decode: Ticket | None = None
         self._last_slice: Ticket | None = None
@@ -185,33 +233,60 @@ class Gang(Generic[P, D]):
         settled = self._settle_slices() + self._settle_decode() + self._finish_prefill()
         now_s = self._clock()
         view = self._view()
-        if view.waiting and self._prefill is None and self._dispatcher.admits(view, now_s):
-            job = self._engine.begin_prefill()
-            self._prefill = _Prefill(job) if job else None
-            view = self._view()
-        plan = self._dispatcher.dispatch(view, now_s)
+        if view.waiting and self._may_admit():
+            view = self._admit(view, now_s)
+        plan = self.dispatcher.dispatch(view, now_s)
+        self.look_again_s = plan.look_again_s
         launched = False
         if plan.decode:
-            launched |= self._launch_decode(plan.partition, plan.fused_tokens)
+            launched |= self._launch_decode(plan, now_s)
         if plan.prefill_layers and self._prefill and not self._prefill.job.cancelled:
-            launched |= self._launch_prefill(plan.partition, plan.prefill_layers)
+            launched |= self._launch_prefill(plan, view)
+        launched_on = plan.partition if launched else None
+        self._timeline.look(view, launched_on, now_s, self._decode_ended_s)
         return bool(settled) or launched
+
+    def _may_admit(self) -> bool:
+        if self._prefill is None:
+            return True
+        return self._parked is None and self._prefill.launched < self._engine.num_layers
+
+    def _admit(self, view: LoadView, now_s: float) -> LoadView:
+        admission = self.dispatcher.admit(view, now_s)
+        if admission is None:
+            return view
+        if admission.shed:
+            self._engine.shed(admission.shed)
+        if admission.preempts == (self._prefill is None):
+            return self._view()
+        job = self._engine.begin_prefill(admission)
+        if job is not None:
+            if self._prefill is not None:
+                self._timeline.preempted()
+            self._parked, self._prefill = self._prefill, _Prefill(job)
+        return self._view()
 
     def _settle_decode(self) -> int:
         settled = 0
         while self._decode and self._decode[0].ticket.done():
             step = self._decode.popleft()
             job, span = step.job, step.ticket.span()
-            if not job.fused_tokens:
+            fused = job.fused
+            if fused is None:
                 self._decode_step_s = span.duration_s
-            self._timeline.add(
+            self._decode_ended_s = span.end_s
+            self._note(
                 LaneRun(
                     Phase.DECODE,
                     step.partition,
                     span,
-                    job.requests,
-                    job.tokens,
-                    fused_tokens=job.fused_tokens,
+                    job.shape.requests + (fused.requests if fused else 0),
+                    job.shape.requests + (fused.tokens if fused else 0),
+                    decode=job.shape,
+                    prefill=fused or step.beside,
+                    fused_tokens=fused.tokens if fused else 0,
+                    forecast=step.forecast,
+                    reason=step.reason,
                 )
             )
             self._engine.finish_decode(job)
@@ -219,21 +294,41 @@ class Gang(Generic[P, D]):
         return settled
 
     def _settle_slices(self) -> int:
-        prefill = self._prefill
-        if prefill is None:
-            return 0
+        # A parked batch's slices were launched before those of the batch in flight, and may end
+        # between two polls: runs are noted in the order in which they ran.
+        settled = self._settle_slices_of(self._parked) if self._parked else 0
+        if self._prefill and not (self._parked and self._parked.in_flight):
+            settled += self._settle_slices_of(self._prefill)
+        return settled
+
+    def _settle_slices_of(self, prefill: _Prefill[P]) -> int:
         settled = 0
         while prefill.in_flight and prefill.in_flight[0].ticket.done():
             done = prefill.in_flight.popleft()
             span = done.ticket.span()
             prefill.finished += done.layers
             prefill.finished_s += span.duration_s
-            job = prefill.job
-            self._timeline.add(
-                LaneRun(Phase.PREFILL, done.partition, span, job.requests, job.tokens, done.layers)
+            shape = prefill.job.shape
+            self._note(
+                LaneRun(
+                    Phase.PREFILL,
+                    done.partition,
+                    span,
+                    shape.requests,
+                    shape.tokens,
+                    layers=done.layers,
+                    prefill=shape,
+                    decode=done.beside,
+                    forecast=done.forecast,
+                    reason=done.reason,
+                )
             )
             settled += 1
         return settled
+
+    def _note(self, run: LaneRun) -> None:
+        self._timeline.add(run)
+        self._observe(run)
 
     def _finish_prefill(self) -> int:
         prefill = self._prefill
@@ -243,49 +338,92 @@ class Gang(Generic[P, D]):
         dropped = prefill.job.cancelled and not prefill.in_flight
         if not complete and not dropped:
             return 0
-        self._prefill = None
+        self._prefill, self._parked = self._parked, None
         self._merged = self._last_slice
         self._engine.finish_prefill(prefill.job)
         return 1
 
     def _view(self) -> LoadView:
+        engine = self._engine
+        load = engine.decode_load()
         return LoadView(
-            waiting=self._engine.waiting,
-            running=self._engine.running,
+            waiting=engine.waiting,
+            waiting_tokens=engine.waiting_tokens,
+            backlog=engine.backlog,
+            running=load.shape.requests,
+            decode=load.shape,
+            tbt_s=load.tbt_s,
+            joined_due_s=load.joined_due_s,
             decode_in_flight=len(self._decode),
-            prefill=self._prefill.view(self._engine.num_layers) if self._prefill else None,
             decode_step_s=self._decode_step_s,
-            waiting_tokens=self._engine.waiting_tokens,
+            decode_ends_s=self._decode_ends_s(),
+            prefill=self._prefill.view(engine.num_layers) if self._prefill else None,
+            parked=self._parked.view(engine.num_layers) if self._parked else None,
         )
 
-    def _launch_decode(self, partition: Partition, fused_tokens: int) -> bool:
-        job = self._engine.begin_decode(len(self._decode), 0 if self._prefill else fused_tokens)
+    def _decode_ends_s(self) -> float | None:
+        """When the launched steps are expected to end, one behind the other."""
+        if not self._decode:
+            return None
+        end_s = self._decode_ended_s
+        for step in self._decode:
+            took_s = step.forecast.expected_s if step.forecast else self._decode_step_s
+            if took_s is None:
+                return None
+            end_s = max(end_s, step.launched_s) + took_s
+        return end_s
+
+    def _launch_decode(self, plan: Plan, now_s: float) -> bool:
+        fused_tokens = 0 if self._prefill else plan.fused_tokens
+        job = self._engine.begin_decode(len(self._decode), fused_tokens, plan.fused_order)
         if job is None:
             return False
-        lane = self._lanes.lane(Phase.DECODE, partition)
+        lane = self._lanes.lane(Phase.DECODE, plan.partition)
         # Behind the prefill whose rows join now or whose prompt goes on here, so that its writes
-        # are visible to this lane; not behind the slices of the prefill that is still running.
-        ticket = lane.launch(job.step_work(lane), after=_given(self._last_decode, self._merged))
+        # are visible to this lane. Behind the slices of the prefill that is still running only
+        # where both have the whole device, so that they take turns on it.
+        turns = plan.partition.exclusive and self._prefill is not None
+        behind = self._last_slice if turns else self._merged
+        ticket = lane.launch(job.step_work(lane), after=_given(self._last_decode, behind))
         self._last_decode, self._merged = ticket, None
-        if job.fused_tokens:
+        if job.fused:
             self._last_fused = ticket
-        self._decode.append(_Step(job, ticket, partition))
+        prefill = None if plan.partition.exclusive else self._prefill
+        runs_beside = prefill and (prefill.in_flight or plan.prefill_layers)
+        beside = prefill.job.shape if prefill and runs_beside else None
+        self._decode.append(
+            _Step(job, ticket, plan.partition, now_s, beside, plan.step, plan.reason)
+        )
         return True
 
-    def _launch_prefill(self, partition: Partition, layers: int) -> bool:
+    def _launch_prefill(self, plan: Plan, view: LoadView) -> bool:
         prefill = self._prefill
         assert prefill is not None
         first = prefill.launched
-        last = min(first + layers, self._engine.num_layers)
+        last = min(first + plan.prefill_layers, self._engine.num_layers)
         if first == last:
             return False
-        lane = self._lanes.lane(Phase.PREFILL, partition)
+        lane = self._lanes.lane(Phase.PREFILL, plan.partition)
         ticket = lane.launch(
             prefill.job.slice_work(lane, first, last),
-            after=_given(self._last_slice, self._last_fused),
+            after=_given(
+                self._last_slice,
+                self._last_decode if plan.partition.exclusive else self._last_fused,
+            ),
         )
         self._last_slice, self._last_fused = ticket, None
-        prefill.in_flight.append(_Slice(ticket, partition, last - first))
+        runs_beside = self._decode and view.running and not plan.partition.exclusive
+        beside = view.decode if runs_beside else None
+        prefill.in_flight.append(
+            _Slice(
+                ticket,
+                plan.partition,
+                last - first,
+                beside,
+                plan.layer.times(last - first) if plan.layer else None,
+                plan.reason,
+            )
+        )
         prefill.launched = last
         return True
 

@@ -5,9 +5,9 @@ They let the gang loop and every dispatcher run without a device, in tests and s
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from drift_scheduler.lane import Lane, LaneMap, LaneTimeout, Phase, Span, Ticket, Work
 from drift_scheduler.partition import Partition, PartitionTable
@@ -57,11 +57,15 @@ class VirtualTicket:
 
 
 class VirtualLane:
-    def __init__(self, phase: Phase, partition: Partition, clock: VirtualClock) -> None:
+    """ends_s: a heap of when launched work ends, shared by all lanes."""
+
+    def __init__(
+        self, phase: Phase, partition: Partition, clock: VirtualClock, ends_s: list[float]
+    ) -> None:
         self.phase = phase
         self.partition = partition
         self._clock = clock
-        self._pending: deque[VirtualTicket] = deque()
+        self._ends_s = ends_s
         self._free_at_s = 0.0
 
     @property
@@ -76,14 +80,8 @@ class VirtualLane:
             assert isinstance(earlier, VirtualTicket), type(earlier)
             start_s = max(start_s, earlier.end_s)
         self._free_at_s = start_s + work.duration_s
-        ticket = VirtualTicket(self._clock, Span(start_s, self._free_at_s))
-        self._pending.append(ticket)
-        return ticket
-
-    def next_completion_s(self) -> float | None:
-        while self._pending and self._pending[0].done():
-            self._pending.popleft()
-        return self._pending[0].end_s if self._pending else None
+        heappush(self._ends_s, self._free_at_s)
+        return VirtualTicket(self._clock, Span(start_s, self._free_at_s))
 
 
 class VirtualLanes:
@@ -93,22 +91,23 @@ class VirtualLanes:
         self.table = table
         self.granted = {split.decode_sms: split.decode_sms for split in table.splits}
         self._clock = clock
-        self._lanes = [
-            VirtualLane(phase, table[index], clock)
-            for index in range(len(table))
-            for phase in Phase
-        ]
-        self._map = LaneMap(self._lanes)
+        self._ends_s: list[float] = []
+        self._map = LaneMap(
+            [
+                VirtualLane(phase, table[index], clock, self._ends_s)
+                for index in range(len(table))
+                for phase in Phase
+            ]
+        )
 
     def lane(self, phase: Phase, partition: Partition) -> Lane:
         return self._map[phase, partition]
 
     def next_completion_s(self) -> float | None:
         """When the next launched work ends; None if all of it has."""
-        return min(
-            (end for lane in self._lanes if (end := lane.next_completion_s()) is not None),
-            default=None,
-        )
+        while self._ends_s and self._ends_s[0] <= self._clock.now_s:
+            heappop(self._ends_s)
+        return self._ends_s[0] if self._ends_s else None
 
     def completion_fd(self) -> int | None:
         return None

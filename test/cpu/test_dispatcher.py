@@ -6,17 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_scheduler.dispatcher import (
-    MAX_SLICES_IN_FLIGHT,
-    Chunked,
-    LoadView,
-    Plan,
-    PrefillView,
-    SplitByBatchSize,
-    TakeTurns,
-    even_thresholds,
-)
+from drift_scheduler.dispatcher import MAX_SLICES_IN_FLIGHT, Plan
 from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.by_batch_size import SplitByBatchSize, even_thresholds
+from drift_scheduler.policies.chunked import Chunked
+from drift_scheduler.policies.take_turns import TakeTurns
+from drift_scheduler.shapes import PrefillShape
+from drift_scheduler.view import LoadView, PrefillView
 
 TABLE = PartitionTable(132, (Partition(1, 112, 20), Partition(2, 92, 40), Partition(3, 72, 60)))
 SPLIT = SplitByBatchSize(TABLE, thresholds=(4, 10, 30))
@@ -29,7 +25,7 @@ def prefill(
     in_flight: int = 0,
     layer_s: float | None = None,
 ) -> PrefillView:
-    return PrefillView(tokens, launched, total, in_flight, layer_s)
+    return PrefillView(PrefillShape.of([(tokens, 0)]), launched, total, in_flight, layer_s)
 
 
 def view(
@@ -130,7 +126,7 @@ def test_without_multiplexing_a_prefill_goes_first_and_whole():
 def test_chunked_fills_a_step_up_to_its_size(running, waiting, decode, fused_tokens):
     dispatcher = Chunked(TABLE, step_tokens=64)
     load = view(running=running, waiting=waiting)
-    assert not dispatcher.admits(load, 0.0)
+    assert dispatcher.admit(load, 0.0) is None
     plan = dispatcher.dispatch(load, 0.0)
     assert plan == Plan(TABLE.whole, decode=decode, fused_tokens=fused_tokens)
 

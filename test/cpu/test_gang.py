@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from drift_scheduler.dispatcher import Chunked, LoadView, Plan, SplitByBatchSize, TakeTurns
-from drift_scheduler.gang import Gang
+from drift_scheduler.backlog import Backlog, Prompt
+from drift_scheduler.dispatcher import Admission, Forecast, Plan
+from drift_scheduler.gang import DecodeLoad, Gang
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import TimedWork, VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
-from drift_scheduler.timeline import Timeline
+from drift_scheduler.policies.by_batch_size import SplitByBatchSize
+from drift_scheduler.policies.chunked import Chunked
+from drift_scheduler.policies.take_turns import TakeTurns
+from drift_scheduler.shapes import DecodeShape, PrefillShape
+from drift_scheduler.timeline import LaneRun, Timeline
+from drift_scheduler.view import LoadView
 
 LAYERS = 8
 LAYER_S = 1.0
 STEP_S = 2.5
 TOKEN_S = 0.5
+CONTEXT = 100  # tokens that a request attends to
 TABLE = PartitionTable(4, (Partition(1, 3, 1), Partition(2, 2, 2)))
 
 
@@ -29,8 +37,12 @@ class Prefill:
     steps: int
     log: list[tuple]
     cancelled: bool = False
-    requests: int = 1
     tokens: int = 10
+    due_s: float = math.inf
+
+    @property
+    def shape(self) -> PrefillShape:
+        return PrefillShape.of([(self.tokens, 0)])
 
     def slice_work(self, lane, first, last):
         self.log.append(("slice", self.name, lane.partition.index, first, last))
@@ -44,20 +56,17 @@ class Step:
     rides: dict[str, int] = field(default_factory=dict)  # prompt tokens
 
     @property
-    def requests(self) -> int:
-        return len(self.members) + len(self.rides)
+    def shape(self) -> DecodeShape:
+        return DecodeShape(len(self.members), CONTEXT * len(self.members))
 
     @property
-    def tokens(self) -> int:
-        return len(self.members) + self.fused_tokens
-
-    @property
-    def fused_tokens(self) -> int:
-        return sum(self.rides.values())
+    def fused(self) -> PrefillShape | None:
+        parts = [(tokens, 0) for tokens in self.rides.values()]
+        return PrefillShape.of(parts) if parts else None
 
     def step_work(self, lane):
         self.log.append(("step", self.name, lane.partition.index))
-        return TimedWork(STEP_S + TOKEN_S * self.fused_tokens)
+        return TimedWork(STEP_S + TOKEN_S * sum(self.rides.values()))
 
     @property
     def name(self) -> str:
@@ -76,8 +85,8 @@ class Engine:
     log: list[tuple] = field(default_factory=list)
     memory: bool = True
 
-    def ask(self, name: str, steps: int) -> Prefill:
-        self.queue.append(Prefill(name, steps, self.log))
+    def ask(self, name: str, steps: int, due_s: float = math.inf) -> Prefill:
+        self.queue.append(Prefill(name, steps, self.log, due_s=due_s))
         return self.queue[-1]
 
     @property
@@ -89,30 +98,50 @@ class Engine:
         return sum(job.tokens for job in self.queue)
 
     @property
-    def running(self) -> int:
-        return sum(steps > 0 for steps in self.left.values())
+    def backlog(self) -> Backlog:
+        backlog = Backlog()
+        for arrival_s, job in enumerate(self.queue):
+            backlog.add(Prompt(job.name, job.tokens, 0, arrival_s, job.due_s))
+        return backlog
 
-    def begin_prefill(self):
-        return self.queue.pop(0) if self.memory else None
+    def decode_load(self) -> DecodeLoad:
+        running = sum(steps > 0 for steps in self.left.values())
+        return DecodeLoad(DecodeShape(running, CONTEXT * running))
+
+    def shed(self, keys):
+        self.log.append(("shed", *keys))
+        self.queue = [job for job in self.queue if job.name not in keys]
+
+    def begin_prefill(self, admission):
+        order = admission.order
+        if order is None:
+            order = [job.name for job in self.queue]
+        named = [job for name in order for job in self.queue if job.name == name]
+        if not named or not self.memory:
+            return None
+        self.queue.remove(named[0])
+        return named[0]
 
     def finish_prefill(self, job):
         self.log.append(("joined", job.name))
         if not job.cancelled:
             self.left[job.name] = job.steps
 
-    def begin_decode(self, steps_in_flight, fused_tokens):
+    def begin_decode(self, steps_in_flight, fused_tokens, fused_order):
         members = [name for name, steps in self.left.items() if steps > 0]
         for name in members:
             self.left[name] -= 1
         step = Step(members, self.log)
-        if self.queue and fused_tokens:
-            prompt = self.queue[0]
+        order = fused_order or [job.name for job in self.queue]
+        named = [job for name in order for job in self.queue if job.name == name]
+        if named and fused_tokens:
+            prompt = named[0]
             step.rides[prompt.name] = min(fused_tokens, prompt.tokens)
-            prompt.tokens -= step.fused_tokens
+            prompt.tokens -= step.rides[prompt.name]
             if prompt.tokens == 0:
                 self.queue.remove(prompt)
                 self.left[prompt.name] = prompt.steps
-        return step if self.memory and step.requests else None
+        return step if self.memory and (members or step.rides) else None
 
     def finish_decode(self, job):
         self.log.append(("settled", job.name))
@@ -126,12 +155,14 @@ class Bench:
         self.clock = clock or VirtualClock()
         self.lanes = VirtualLanes(TABLE, self.clock)
         self.timeline = Timeline()
+        self.observed: list[LaneRun] = []
         self.gang = Gang(
             self.engine,
             self.lanes,
             dispatcher or SplitByBatchSize(TABLE, (1, 2)),
             self.timeline,
             self.clock,
+            self.observed.append,
         )
 
     @property
@@ -211,8 +242,8 @@ def test_in_one_turn_decode_is_launched_before_prefill():
     class Both:
         """Decode at every turn, one prefill layer if there is a batch."""
 
-        def admits(self, view: LoadView, now_s: float) -> bool:
-            return True
+        def admit(self, view: LoadView, now_s: float) -> Admission | None:
+            return None if view.prefill else Admission()
 
         def dispatch(self, view: LoadView, now_s: float) -> Plan:
             return Plan(TABLE[1], decode=view.running > 0, prefill_layers=1)
@@ -258,16 +289,22 @@ def test_a_finished_prefill_joins_the_next_step():
 
 class Scripted:
     """Gives the plans it is told to, in turn; nothing once they run out. Prefill batches are
-    admitted as `admit` says, and whenever asked after that."""
+    admitted as `admissions` say, and whenever none is in flight after that."""
 
-    def __init__(self, *plans: Plan, admit: tuple[bool, ...] = ()) -> None:
+    def __init__(self, *plans: Plan, admit: tuple[Admission | None, ...] = ()) -> None:
         self.plans = list(plans)
-        self.admit = list(admit)
+        self.admissions = list(admit)
+        self.views: list[LoadView] = []  # of every turn
+        self.asked: list[LoadView] = []  # of every turn at which a batch could have been admitted
 
-    def admits(self, view: LoadView, now_s: float) -> bool:
-        return self.admit.pop(0) if self.admit else True
+    def admit(self, view: LoadView, now_s: float) -> Admission | None:
+        self.asked.append(view)
+        if self.admissions:
+            return self.admissions.pop(0)
+        return None if view.prefill else Admission()
 
     def dispatch(self, view: LoadView, now_s: float) -> Plan:
+        self.views.append(view)
         return self.plans.pop(0) if self.plans else Plan(TABLE.whole)
 
 
@@ -447,7 +484,7 @@ def test_fused_steps_and_slices_run_one_behind_the_other():
             Plan(TABLE.whole, decode=True, fused_tokens=4),  # 0..4.5 s
             Plan(TABLE[1], prefill_layers=LAYERS, decode=True),  # 4.5..12.5 s, step 4.5..7 s
             Plan(TABLE.whole, decode=True, fused_tokens=4),
-            admit=(False, True, False),
+            admit=(None, Admission(), None),
         )
     )
     launches = record_launches(bench.lanes)
@@ -517,7 +554,7 @@ def test_a_batch_is_finished_after_the_fused_step_that_it_follows(looks):
         Scripted(
             Plan(TABLE.whole, decode=True, fused_tokens=4),
             Plan(TABLE[1], prefill_layers=LAYERS),
-            admit=(False, True),
+            admit=(None, Admission()),
         ),
         clock=RestlessClock(),
     )
@@ -544,6 +581,319 @@ def test_the_time_of_a_step_is_that_of_one_without_prompts():
     assert seen[0].waiting_tokens == 10
     assert seen[-1].waiting_tokens == 0
     assert {view.decode_step_s for view in seen} == {None, STEP_S}
+
+
+# Pre-emption.
+
+PRE_EMPT = Admission(preempts=True)
+
+
+def pre_empting(*plans: Plan, clock: VirtualClock | None = None) -> tuple[Bench, Scripted]:
+    """Batch a is admitted at the first turn, b in front of it at the second."""
+    dispatcher = Scripted(*plans, admit=(Admission(("a",)), PRE_EMPT))
+    bench = Bench(dispatcher, clock)
+    bench.engine.ask("a", steps=1, due_s=90.0)
+    bench.engine.ask("b", steps=1, due_s=20.0)
+    bench.gang.turn()
+    return bench, dispatcher
+
+
+def layers(count: int) -> Plan:
+    return Plan(TABLE.whole, prefill_layers=count)
+
+
+def test_a_parked_batch_goes_on_where_it_was_when_the_other_is_done():
+    bench, _ = pre_empting(layers(3), layers(LAYERS), layers(0), layers(LAYERS))
+    bench.gang.turn()
+    bench.clock.advance_to(11.0)
+    bench.settle()
+    bench.finish()
+    assert bench.log == [
+        ("slice", "a", 0, 0, 3),
+        ("slice", "b", 0, 0, LAYERS),
+        ("joined", "b"),
+        ("slice", "a", 0, 3, LAYERS),
+        ("joined", "a"),
+    ]
+    runs = bench.timeline.runs(Phase.PREFILL)
+    assert [(run.span.start_s, run.span.end_s) for run in runs] == [(0, 3), (3, 11), (11, 16)]
+
+
+def test_a_view_tells_the_parked_batch_from_the_one_in_flight():
+    bench, dispatcher = pre_empting(layers(3), layers(1))
+    bench.gang.turn()
+    first, second = dispatcher.views
+    assert (first.prefill.due_s, first.parked) == (90.0, None)
+    assert (second.prefill.due_s, second.prefill.layers_launched) == (20.0, 0)
+    assert (second.parked.due_s, second.parked.layers_launched) == (90.0, 3)
+    assert (second.parked.slices_in_flight, second.waiting) == (1, 0)
+
+
+def test_a_batch_that_has_pre_empted_is_not_pre_empted_itself():
+    bench, dispatcher = pre_empting(layers(3), layers(1))
+    bench.engine.ask("c", steps=1)
+    dispatcher.admissions += [PRE_EMPT] * 9
+    asked = len(dispatcher.asked)
+    for _ in range(5):
+        bench.gang.turn()
+    assert len(dispatcher.asked) == asked + 1
+    assert bench.log == [("slice", "a", 0, 0, 3), ("slice", "b", 0, 0, 1)]
+
+
+def test_a_batch_whose_last_layer_is_launched_cannot_be_pre_empted():
+    bench, dispatcher = pre_empting(layers(LAYERS))
+    for _ in range(5):
+        bench.gang.turn()
+    assert len(dispatcher.asked) == 1
+    assert bench.engine.waiting == 1
+
+
+@pytest.mark.parametrize("admission", [Admission(), Admission(("b",)), Admission((), tokens=5)])
+def test_a_second_batch_only_begins_if_it_pre_empts(admission):
+    bench, dispatcher = pre_empting(layers(3))
+    dispatcher.admissions = [admission] * 3
+    for _ in range(3):
+        bench.gang.turn()
+    assert len(dispatcher.asked) == 4
+    assert bench.engine.waiting == 1
+
+
+def test_nothing_is_pre_empted_where_nothing_is_in_flight():
+    bench = Bench(Scripted(admit=(PRE_EMPT,)))
+    bench.engine.ask("a", steps=1)
+    bench.gang.turn()
+    assert bench.gang.idle
+
+
+def test_where_nothing_fits_the_batch_in_flight_stays_in_flight():
+    bench, dispatcher = pre_empting(layers(3), layers(2))
+    bench.engine.memory = False
+    bench.gang.turn()
+    assert bench.log[1:] == [("slice", "a", 0, 3, 5)]
+    assert dispatcher.views[-1].parked is None
+
+
+@pytest.mark.parametrize("looks", [(3.0, 3.5, 20.0), (2.0, 3.5, 20.0), (1.0, 4.5, 20.0), (20.0,)])
+def test_slices_are_settled_in_order_whenever_they_are_seen_to_end(looks):
+    """a runs 0..2 and 2..3, b 3..4 and 4..11; a look is a moment at which the gang polls."""
+    bench, dispatcher = pre_empting(
+        layers(2),
+        layers(0),
+        layers(1),
+        layers(1),
+        layers(LAYERS - 1),
+        clock=RestlessClock(),
+    )
+    dispatcher.admissions = [None, None, PRE_EMPT]
+    for _ in range(4):
+        bench.gang.turn()
+    bench.clock.ahead += looks
+    for _ in range(4):
+        bench.gang.turn()
+    spans = [(run.span.start_s, run.layers) for run in bench.timeline.runs(Phase.PREFILL)]
+    assert spans == [(0, 2), (2, 1), (3, 1), (4, 7)]
+
+
+def test_a_parked_batch_that_is_not_wanted_any_more_ends_behind_the_other():
+    bench, _ = pre_empting(layers(3), layers(LAYERS), *[layers(LAYERS)] * 5)
+    a = bench.gang._prefill.job
+    bench.gang.turn()
+    a.cancelled = True
+    bench.finish()
+    assert [event for event in bench.log if event[0] == "joined"] == [
+        ("joined", "b"),
+        ("joined", "a"),
+    ]
+    assert sum(event[:2] == ("slice", "a") for event in bench.log) == 1
+    assert bench.engine.left == {"b": 1}
+
+
+def test_a_pre_empting_batch_that_is_not_wanted_any_more_makes_way():
+    bench, _ = pre_empting(layers(3), layers(2), *[layers(LAYERS)] * 9)
+    bench.gang.turn()
+    bench.gang._prefill.job.cancelled = True
+    bench.finish()
+    assert [event[:2] for event in bench.log] == [
+        ("slice", "a"),
+        ("slice", "b"),
+        ("joined", "b"),
+        ("slice", "a"),
+        ("joined", "a"),
+    ]
+
+
+# What else a dispatcher may say.
+
+
+def test_on_the_whole_device_the_phases_run_one_behind_the_other():
+    bench = Bench(
+        Scripted(
+            Plan(TABLE.whole, prefill_layers=2),  # 0..2 s
+            Plan(TABLE.whole, decode=True, prefill_layers=3),  # 2..4.5 s, 4.5..7.5 s
+            Plan(TABLE.whole, decode=True),  # 7.5..10 s
+            Plan(TABLE.whole, prefill_layers=3),  # 10..13 s
+        )
+    )
+    launches = record_launches(bench.lanes)
+    bench.engine.left["a"] = 9
+    bench.engine.ask("b", steps=1)
+    for _ in range(4):
+        bench.gang.turn()
+    assert launches == [
+        (Phase.PREFILL, []),
+        (Phase.DECODE, [0]),
+        (Phase.PREFILL, [0, 1]),
+        (Phase.DECODE, [1, 2]),
+        (Phase.PREFILL, [2, 3]),
+    ]
+    bench.clock.advance_to(13.0)
+    bench.settle()
+    assert bench.timeline.both_busy_s == 0
+    busy_s = sum(bench.timeline.busy_s(phase) for phase in Phase)
+    assert busy_s == 13.0
+
+
+def test_prompts_may_be_refused_and_others_admitted_at_once():
+    bench = Bench(Scripted(admit=(Admission(("c",), shed=("a", "b")),)))
+    for name in "abc":
+        bench.engine.ask(name, steps=1)
+    bench.gang.turn()
+    assert bench.log == [("shed", "a", "b")]
+    assert bench.gang.dispatcher.views[0].waiting == 0
+    assert bench.gang.dispatcher.views[0].prefill is not None
+
+
+def test_prompts_may_be_refused_beside_a_batch():
+    bench = Bench(Scripted(layers(1), admit=(Admission(), Admission(shed=("b",)))))
+    bench.engine.ask("a", steps=1)
+    bench.engine.ask("b", steps=1)
+    bench.gang.turn()
+    bench.gang.turn()
+    assert bench.log == [("slice", "a", 0, 0, 1), ("shed", "b")]
+
+
+def test_the_order_of_a_fused_step_reaches_the_engine():
+    plan = Plan(TABLE.whole, decode=True, fused_tokens=4, fused_order=("b", "a"))
+    bench = Bench(Scripted(plan, admit=(None,)))
+    bench.engine.ask("a", steps=1)
+    bench.engine.ask("b", steps=1)
+    bench.gang.turn()
+    assert bench.log == [("step", "b:4", 0)]
+
+
+def test_a_gang_says_when_to_look_again():
+    bench = Bench(Scripted(Plan(TABLE.whole, look_again_s=3.5), Plan(TABLE.whole)))
+    assert bench.gang.look_again_s is None
+    bench.gang.turn()
+    assert bench.gang.look_again_s == 3.5
+    bench.gang.turn()
+    assert bench.gang.look_again_s is None
+
+
+def test_the_end_of_the_launched_steps_is_foretold():
+    step = Plan(TABLE.whole, decode=True)
+    dispatcher = Scripted(
+        step,
+        replace(step, step=Forecast(3.0, 4.0)),
+        replace(step, step=Forecast(2.0, 4.0)),
+        Plan(TABLE.whole),
+    )
+    bench = Bench(dispatcher)
+    bench.engine.left["a"] = 9
+    bench.gang.turn()
+    bench.clock.advance_to(1.0)
+    bench.gang.turn()
+    bench.clock.advance_to(2 * STEP_S)
+    bench.gang.turn()
+    bench.clock.advance_to(2 * STEP_S + 1)
+    bench.gang.turn()
+    ends_s = [view.decode_ends_s for view in dispatcher.views]
+    # Nothing in flight; a step of which nothing is known; nothing in flight; one of 2 s from 5 s.
+    assert ends_s == [None, None, None, 2 * STEP_S + 2.0]
+
+
+def test_launched_steps_are_expected_one_behind_the_other():
+    step = Plan(TABLE.whole, decode=True)
+    forecast = replace(step, step=Forecast(3.0, 4.0))
+    dispatcher = Scripted(step, forecast, step, Plan(TABLE.whole))
+    bench = Bench(dispatcher)
+    bench.engine.left["a"] = 9
+    bench.gang.turn()  # 0..2.5 s
+    bench.gang.turn()
+    bench.clock.advance_to(STEP_S)
+    bench.gang.turn()
+    bench.gang.turn()
+    # The second from the end of the first, by its forecast; the third as long as the last one.
+    assert dispatcher.views[2].decode_ends_s == STEP_S + 3.0
+    assert dispatcher.views[3].decode_ends_s == STEP_S + 3.0 + STEP_S
+
+
+def test_every_run_is_observed_once_with_what_it_was_and_what_ran_beside_it():
+    beside = Plan(
+        TABLE[1],
+        decode=True,
+        prefill_layers=2,
+        step=Forecast(1.0, 2.0),
+        layer=Forecast(0.5, 1.5),
+        reason="both",
+    )
+    bench = Bench(
+        Scripted(
+            Plan(TABLE.whole, decode=True, fused_tokens=4),
+            beside,
+            Plan(TABLE.whole, prefill_layers=6, reason="alone"),
+            admit=(None, Admission()),
+        )
+    )
+    bench.engine.left.update(a=3, b=3)
+    bench.engine.ask("c", steps=0)
+    bench.gang.turn()
+    for _ in range(3):
+        bench.advance()
+    bench.finish()
+    both = DecodeShape(2, 2 * CONTEXT)
+    prompt = PrefillShape.of([(6, 0)])
+    seen = [
+        (run.phase, run.partition.index, run.layers, run.decode, run.prefill, run.reason)
+        for run in bench.observed
+    ]
+    assert seen == [
+        (Phase.DECODE, 0, 0, both, PrefillShape.of([(4, 0)]), ""),
+        (Phase.PREFILL, 1, 2, both, prompt, "both"),
+        (Phase.DECODE, 1, 0, both, prompt, "both"),
+        (Phase.PREFILL, 0, 6, None, prompt, "alone"),
+    ]
+    assert [run.fused_tokens for run in bench.observed] == [4, 0, 0, 0]
+    assert [run.forecast for run in bench.observed] == [
+        None,
+        Forecast(1.0, 3.0),
+        Forecast(1.0, 2.0),
+        None,
+    ]
+    of_phase = {phase: [run for run in bench.observed if run.phase is phase] for phase in Phase}
+    assert {phase: bench.timeline.runs(phase) for phase in Phase} == of_phase
+
+
+def test_a_run_that_nothing_ran_beside_says_so():
+    """Both phases have work, on a divided device, but one of them is held back."""
+    bench = Bench(
+        Scripted(
+            Plan(TABLE[1], prefill_layers=2),  # 0..2 s
+            Plan(TABLE[1]),
+            Plan(TABLE[1], decode=True),  # 2..4.5 s
+        )
+    )
+    bench.engine.left["a"] = 1
+    bench.engine.ask("b", steps=1)
+    bench.gang.turn()
+    bench.clock.advance_to(2.0)
+    bench.gang.turn()
+    bench.gang.turn()
+    bench.clock.advance_to(4.5)
+    bench.gang.turn()
+    prefill, decode = bench.observed
+    assert (prefill.phase, prefill.decode) == (Phase.PREFILL, None)
+    assert (decode.phase, decode.prefill) == (Phase.DECODE, None)
 
 
 def record_launches(lanes: VirtualLanes) -> list[tuple[Phase, list[int]]]:

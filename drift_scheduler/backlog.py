@@ -1,0 +1,68 @@
+"""Backlog: the prompts that wait, by when their first token is due and by arrival."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt that waits for a launch to take it up, or the rest of a half-filled one.
+
+    new: tokens to compute. cached: those before them that are computed already or were found in
+    the prefix cache. due_s: when its first token is due. deferred: most of `new` is also being
+    computed for another prompt, and will soon be cached. begun: half filled; it holds memory.
+    """
+
+    key: str
+    new: int
+    cached: int
+    arrival_s: float
+    due_s: float
+    deferred: bool = False
+    begun: bool = False
+
+
+class Backlog:
+    """Prompts by key. Adding and removing take O(log n) comparisons, looking at k prompts O(k)."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[str, Prompt] = {}
+        self._by_due: list[tuple[float, float, str]] = []
+        self._by_arrival: list[tuple[float, str]] = []
+        self.new_tokens = 0  # of all of them
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._prompts
+
+    def __getitem__(self, key: str) -> Prompt:
+        return self._prompts[key]
+
+    def add(self, prompt: Prompt) -> None:
+        """Takes the prompt, in place of one with the same key."""
+        if prompt.key in self._prompts:
+            self.remove(prompt.key)
+        self._prompts[prompt.key] = prompt
+        insort(self._by_due, (prompt.due_s, prompt.arrival_s, prompt.key))
+        insort(self._by_arrival, (prompt.arrival_s, prompt.key))
+        self.new_tokens += prompt.new
+
+    def remove(self, key: str) -> None:
+        prompt = self._prompts.pop(key)
+        del self._by_due[bisect_left(self._by_due, (prompt.due_s, prompt.arrival_s, key))]
+        del self._by_arrival[bisect_left(self._by_arrival, (prompt.arrival_s, key))]
+        self.new_tokens -= prompt.new
+
+    def first_due(self, after_s: float, limit: int) -> list[Prompt]:
+        """Up to `limit` prompts due at `after_s` or later, the most urgent first."""
+        start = bisect_left(self._by_due, (after_s,))
+        return [self._prompts[key] for _, _, key in self._by_due[start : start + limit]]
+
+    def oldest(self, limit: int) -> list[Prompt]:
+        """Up to `limit` prompts in order of arrival."""
+        return [self._prompts[key] for _, key in itertools.islice(self._by_arrival, limit)]

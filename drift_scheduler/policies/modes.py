@@ -1,0 +1,167 @@
+"""Which way of sharing the device computes the most prompt tokens within a decode deadline.
+
+    split   two lanes on disjoint SMs: prefill layers beside a decode step
+    turns   the whole device for a decode step, then for prefill layers, and so on
+    fused   prompt tokens ride in the decode step, on the whole device
+
+Close to the decode step's own time splitting wins, with slack fusing does; the latency model says
+where they meet.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from drift_scheduler.dispatcher import Forecast
+from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.latency_model import LatencyModel
+from drift_scheduler.shapes import DecodeShape, PrefillShape
+
+# Tokens of a fused step in all. A step of a multiple of 128 fills the tiles of its products.
+FUSED_STEP_TOKENS = (64, 128, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+MIN_FUSED_TOKENS = 32
+
+
+class Mode(enum.StrEnum):
+    SPLIT = "split"
+    TURNS = "turns"
+    FUSED = "fused"
+
+
+ALL_MODES = frozenset(Mode)
+Riding = Callable[[int], PrefillShape]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way of sharing. rate: prompt tokens a second that it computes.
+
+    step: the decode step. layer: one prefill layer; None when fused. layers: between two decode
+    steps when taking turns, else 0. fused_tokens: prompt tokens in a step, else 0.
+    """
+
+    mode: Mode
+    partition: Partition
+    rate: float
+    step: Forecast
+    layer: Forecast | None = None
+    layers: int = 0
+    fused_tokens: int = 0
+
+
+def best_mode(
+    model: LatencyModel,
+    table: PartitionTable,
+    decode: DecodeShape,
+    prefill: PrefillShape,
+    limit_s: float,
+    num_layers: int,
+    modes: frozenset[Mode] = ALL_MODES,
+    riding: Riding | None = None,
+) -> Choice | None:
+    """The highest rate among the ways whose decode step ends within limit_s even at worst.
+
+    prefill: the prompt tokens to compute. riding: the first so many of them, which ride in a fused
+    step; if None, an even part of all. None if no way is fast enough.
+    """
+    choices: list[Choice] = []
+    if Mode.SPLIT in modes:
+        choices += _splits(model, table, decode, prefill, limit_s, num_layers)
+    if Mode.TURNS in modes:
+        choices += _turns(model, table, decode, prefill, limit_s, num_layers)
+    if Mode.FUSED in modes:
+        part = riding or partial(_even_part, prefill)
+        choices += _fusings(model, table, decode, part, prefill.tokens, limit_s)
+    return max(choices, key=lambda choice: choice.rate, default=None)
+
+
+def gentlest_split(
+    model: LatencyModel,
+    table: PartitionTable,
+    decode: DecodeShape,
+    prefill: PrefillShape,
+    num_layers: int,
+) -> Choice | None:
+    """The split with the shortest decode step, whatever the deadline; None without splits."""
+    return min(
+        (_split(model, split, decode, prefill, num_layers) for split in table.splits),
+        key=lambda choice: choice.step.worst_s,
+        default=None,
+    )
+
+
+def _splits(
+    model: LatencyModel,
+    table: PartitionTable,
+    decode: DecodeShape,
+    prefill: PrefillShape,
+    limit_s: float,
+    num_layers: int,
+) -> Iterator[Choice]:
+    for split in table.splits:
+        if model.decode(decode, split, prefill).worst_s <= limit_s:
+            yield _split(model, split, decode, prefill, num_layers)
+
+
+def _split(
+    model: LatencyModel,
+    split: Partition,
+    decode: DecodeShape,
+    prefill: PrefillShape,
+    num_layers: int,
+) -> Choice:
+    batch = model.prefill(prefill, split, decode)
+    return Choice(
+        Mode.SPLIT,
+        split,
+        rate=prefill.tokens / batch.expected_s,
+        step=model.decode(decode, split, prefill),
+        layer=batch.times(1 / num_layers),
+    )
+
+
+def _turns(
+    model: LatencyModel,
+    table: PartitionTable,
+    decode: DecodeShape,
+    prefill: PrefillShape,
+    limit_s: float,
+    num_layers: int,
+) -> Iterator[Choice]:
+    step = model.decode(decode, table.whole, None)
+    layer = model.prefill(prefill, table.whole, None).times(1 / num_layers)
+    room_s = limit_s - step.worst_s
+    layers = int(min(room_s / layer.worst_s, num_layers))
+    if layers >= 1:
+        round_s = step.expected_s + layers * layer.expected_s
+        rate = prefill.tokens * layers / num_layers / round_s
+        yield Choice(Mode.TURNS, table.whole, rate, step, layer, layers=layers)
+
+
+def _fusings(
+    model: LatencyModel,
+    table: PartitionTable,
+    decode: DecodeShape,
+    riding: Riding,
+    most: int,
+    limit_s: float,
+) -> Iterator[Choice]:
+    """All that meet the deadline: larger steps take longer, so the first that does not ends it."""
+    previous = 0
+    for step_tokens in FUSED_STEP_TOKENS:
+        tokens = min(step_tokens - decode.requests, most)
+        if tokens < min(MIN_FUSED_TOKENS, most) or tokens == previous:
+            continue
+        previous = tokens
+        step = model.fused(decode, riding(tokens))
+        if step.worst_s > limit_s:
+            return
+        yield Choice(Mode.FUSED, table.whole, tokens / step.expected_s, step, fused_tokens=tokens)
+
+
+def _even_part(prefill: PrefillShape, tokens: int) -> PrefillShape:
+    cached = prefill.cross // prefill.tokens
+    return PrefillShape(tokens, tokens * tokens, tokens * cached)

@@ -1,0 +1,78 @@
+"""In which order waiting prompts are computed, so that most of them have their first token in time.
+
+Prompts that can still be in time go first, by due time; where not all of them can, the longest is
+given up, again and again (Moore and Hodgson's rule, which leaves the fewest late). Those given up
+come last, by arrival; but now and then it is their turn, so that nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from drift_scheduler.backlog import Backlog, Prompt
+
+# Prompts looked at: the most urgent ones that are not late yet, and the oldest of all.
+LOOK_AHEAD = 64
+LOOK_BACK = 16
+# One in LATE_TURN slots of this length begins with prompts that have been given up.
+SLOT_S = 1.0
+LATE_TURN = 5
+# A prompt of so many new tokens at most may be computed in front of a half-filled one.
+WHOLE_TOKENS = 512
+# A prompt that has waited so long after its due time takes part in those turns.
+PATIENCE_S = 10.0
+
+Seconds = Callable[[Prompt], float]
+
+
+def by_due_time(backlog: Backlog, now_s: float, seconds: Seconds) -> list[Prompt]:
+    """The prompts to compute next, first to last. seconds: how long one takes alone."""
+    urgent = [prompt for prompt in backlog.first_due(now_s, LOOK_AHEAD) if not prompt.deferred]
+    oldest = [prompt for prompt in backlog.oldest(LOOK_BACK) if not prompt.deferred]
+    in_time, given_up = fewest_late(urgent, now_s, seconds)
+    late = sorted([*given_up, *oldest], key=lambda prompt: (not prompt.begun, prompt.arrival_s))
+    order = [*in_time, *late]
+    if int(now_s / SLOT_S) % LATE_TURN == 0:
+        order = [*(prompt for prompt in oldest if _overdue(prompt, now_s)), *order]
+    return _begun_first(list({prompt.key: prompt for prompt in order}.values()))
+
+
+def _begun_first(order: list[Prompt]) -> list[Prompt]:
+    """The half-filled prompt before all that cannot be computed whole in front of it.
+
+    Only one prompt is half filled at a time, so a long one named before it would have to wait for
+    it anyway.
+    """
+    place = next((i for i, prompt in enumerate(order) if prompt.begun), 0)
+    short = [prompt for prompt in order[:place] if prompt.new <= WHOLE_TOKENS]
+    long = [prompt for prompt in order[:place] if prompt.new > WHOLE_TOKENS]
+    return [*short, *order[place : place + 1], *long, *order[place + 1 :]]
+
+
+def _overdue(prompt: Prompt, now_s: float) -> bool:
+    """A prompt that is never due is not to wait for ever either."""
+    return now_s - min(prompt.due_s, prompt.arrival_s + PATIENCE_S) > PATIENCE_S
+
+
+def fewest_late(
+    prompts: Sequence[Prompt], now_s: float, seconds: Seconds
+) -> tuple[list[Prompt], list[Prompt]]:
+    """(those that can be in time, by due time; those given up). prompts: by due time.
+
+    Moore, "An n job, one machine sequencing algorithm for minimizing the number of late jobs",
+    Management Science 15 (1968).
+    """
+    longest: list[tuple[float, int]] = []  # (-seconds, position) of those kept
+    dropped: set[int] = set()
+    end_s = now_s
+    for position, prompt in enumerate(prompts):
+        took_s = seconds(prompt)
+        heapq.heappush(longest, (-took_s, position))
+        end_s += took_s
+        if end_s > prompt.due_s:
+            minus_s, given_up = heapq.heappop(longest)
+            end_s += minus_s
+            dropped.add(given_up)
+    kept = [prompt for position, prompt in enumerate(prompts) if position not in dropped]
+    return kept, [prompts[position] for position in sorted(dropped)]

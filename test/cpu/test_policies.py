@@ -1,0 +1,435 @@
+"""Policies on a hand-made device: every decision, with a clock that is only a number."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drift_scheduler.backlog import Backlog, Prompt
+from drift_scheduler.dispatcher import Forecast
+from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.adaptive import HOST_S, LAUNCH_AHEAD_S, Adaptive
+from drift_scheduler.policies.factory import PolicyFactory
+from drift_scheduler.policies.modes import Mode, best_mode
+from drift_scheduler.policies.names import (
+    AdaptiveSpec,
+    ChunkedSpec,
+    StaticSpec,
+    parse_policy,
+)
+from drift_scheduler.policies.order import (
+    LATE_TURN,
+    PATIENCE_S,
+    SLOT_S,
+    by_due_time,
+    fewest_late,
+)
+from drift_scheduler.policies.static import StaticSplit
+from drift_scheduler.policies.temporal import Temporal
+from drift_scheduler.shapes import DecodeShape, PrefillShape
+from drift_scheduler.view import LoadView, PrefillView
+
+LAYERS = 32
+TABLE = PartitionTable(
+    132, (Partition(1, 116, 16), Partition(2, 100, 32), Partition(3, 84, 48), Partition(4, 68, 64))
+)
+SLOWER = 1.25  # beside the other phase
+WORST = 1.1
+
+
+class Device:
+    """Prefill is bound by arithmetic, decode by bandwidth that 64 SMs use up."""
+
+    def decode(self, shape, partition, beside):
+        bandwidth = 3e12 * min(1.0, partition.decode_sms / 64) ** 0.8
+        moved = 16e9 + shape.context * 131072
+        return self._forecast(moved / bandwidth, beside is not None)
+
+    def prefill(self, shape, partition, beside):
+        rate = 700e12 * partition.prefill_sms / 132
+        work = shape.tokens * 15e9 + (shape.squares / 2 + shape.cross) * 524288
+        return self._forecast(5e-3 + work / rate, beside is not None)
+
+    def fused(self, decode, prefill):
+        alone = self.decode(decode, TABLE.whole, None).expected_s
+        return self._forecast(alone + prefill.tokens * 26e-6, False)
+
+    def _forecast(self, seconds, beside):
+        expected_s = seconds * (SLOWER if beside else 1.0)
+        return Forecast(expected_s, expected_s * WORST)
+
+
+DEVICE = Device()
+BUSY = DecodeShape(32, 32 * 9000)
+PROMPT = PrefillShape.of([(4096, 4096)])
+
+
+def prompt(key, new=1000, *, due_s=1.0, arrival_s=0.0, cached=0, deferred=False, begun=False):
+    return Prompt(key, new, cached, arrival_s, due_s, deferred, begun)
+
+
+def backlog(*prompts):
+    waiting = Backlog()
+    for entry in prompts:
+        waiting.add(entry)
+    return waiting
+
+
+def active(shape=PROMPT, *, launched=4, in_flight=0, layer_s=5e-3, due_s=math.inf):
+    return PrefillView(shape, launched, LAYERS, in_flight, layer_s, due_s)
+
+
+def load(*prompts, decode=BUSY, prefill=None, tbt_s=0.05, **fields):
+    waiting = backlog(*prompts)
+    return LoadView(
+        waiting=len(waiting),
+        running=decode.requests,
+        decode=decode,
+        prefill=prefill,
+        tbt_s=tbt_s,
+        backlog=waiting,
+        waiting_tokens=waiting.new_tokens,
+        **{"decode_in_flight": 0} | fields,
+    )
+
+
+IDLE = DecodeShape(0, 0)
+ADAPTIVE = Adaptive(TABLE, DEVICE, LAYERS, max_batch_tokens=8192)
+
+
+def solo_s(shape=BUSY):
+    return DEVICE.decode(shape, TABLE.whole, None).worst_s
+
+
+def test_near_the_steps_own_time_the_device_is_split_and_with_slack_it_is_not():
+    tight = best_mode(DEVICE, TABLE, BUSY, PROMPT, 1.5 * solo_s(), LAYERS)
+    loose = best_mode(DEVICE, TABLE, BUSY, PROMPT, 5 * solo_s(), LAYERS)
+    assert tight.mode is Mode.SPLIT
+    assert loose.mode is not Mode.SPLIT
+    assert loose.rate > tight.rate
+
+
+def test_nothing_meets_a_deadline_shorter_than_the_step():
+    assert best_mode(DEVICE, TABLE, BUSY, PROMPT, 0.9 * solo_s(), LAYERS) is None
+
+
+@given(
+    requests=st.integers(1, 200),
+    context=st.integers(1, 20_000),
+    new=st.integers(1, 8192),
+    cached=st.integers(0, 32768),
+    limit_s=st.floats(1e-3, 0.5),
+    modes=st.frozensets(st.sampled_from(Mode), min_size=1),
+)
+def test_a_choice_meets_the_deadline_and_no_allowed_one_is_faster(
+    requests, context, new, cached, limit_s, modes
+):
+    decode = DecodeShape(requests, requests * context)
+    shape = PrefillShape.of([(new, cached)])
+    choice = best_mode(DEVICE, TABLE, decode, shape, limit_s, LAYERS, modes)
+    if choice is None:
+        return
+    assert choice.mode in modes
+    gap_s = choice.step.worst_s + (choice.layers * choice.layer.worst_s if choice.layers else 0)
+    assert gap_s <= limit_s + 1e-12
+    assert (choice.fused_tokens > 0) == (choice.mode is Mode.FUSED)
+    assert choice.fused_tokens <= new
+    for mode in modes:
+        other = best_mode(DEVICE, TABLE, decode, shape, limit_s, LAYERS, frozenset({mode}))
+        assert other is None or other.rate <= choice.rate
+
+
+def test_what_can_be_in_time_goes_first_and_the_longest_is_given_up():
+    prompts = [prompt("a", due_s=1.0), prompt("long", due_s=2.0), prompt("c", due_s=2.5)]
+    seconds = {"a": 0.9, "long": 1.0, "c": 0.8}
+    kept, given_up = fewest_late(prompts, 0.0, lambda entry: seconds[entry.key])
+    assert [entry.key for entry in kept] == ["a", "c"]
+    assert [entry.key for entry in given_up] == ["long"]
+
+
+@given(jobs=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 40)), min_size=1, max_size=7))
+def test_no_other_order_has_fewer_late_prompts(jobs):
+    by_due = sorted(jobs, key=lambda job: job[1])
+    prompts = [prompt(str(i), due_s=due_s) for i, (_, due_s) in enumerate(by_due)]
+    took = {str(i): seconds for i, (seconds, _) in enumerate(by_due)}
+    kept, _ = fewest_late(prompts, 0.0, lambda entry: took[entry.key])
+
+    def all_in_time(subset):
+        end_s = 0
+        for entry in subset:
+            end_s += took[entry.key]
+            if end_s > entry.due_s:
+                return False
+        return True
+
+    assert all_in_time(kept)
+    most = max(
+        size
+        for size in range(len(prompts) + 1)
+        if any(all_in_time(subset) for subset in itertools.combinations(prompts, size))
+    )
+    assert len(kept) == most
+
+
+def test_late_prompts_come_last_but_not_for_ever():
+    late = prompt("late", due_s=1.0, arrival_s=0.0)
+    now_s = 1.0 + PATIENCE_S + SLOT_S
+    orders = [
+        [entry.key for entry in by_due_time(backlog(late, fresh), at_s, lambda _: 0.1)]
+        for slot in range(LATE_TURN)
+        for at_s in [now_s + slot * SLOT_S]
+        for fresh in [prompt("fresh", due_s=at_s + 1.0, arrival_s=at_s)]
+    ]
+    assert orders.count(["late", "fresh"]) == 1
+    assert orders.count(["fresh", "late"]) == LATE_TURN - 1
+
+
+def test_a_prompt_that_is_never_due_has_its_turn_too():
+    patient = prompt("patient", due_s=math.inf, arrival_s=0.0)
+    now_s = (int(3 * PATIENCE_S / SLOT_S / LATE_TURN) + 1) * LATE_TURN * SLOT_S
+    fresh = prompt("fresh", due_s=now_s + 1.0, arrival_s=now_s)
+    assert by_due_time(backlog(patient, fresh), now_s, lambda _: 0.1)[0].key == "patient"
+
+
+def test_only_short_prompts_overtake_a_half_filled_one():
+    waiting = backlog(
+        prompt("long", new=5000, due_s=1.0),
+        prompt("short", new=100, due_s=2.0),
+        prompt("begun", new=3000, due_s=3.0, cached=8192, begun=True),
+        prompt("later", new=100, due_s=4.0),
+    )
+    order = [entry.key for entry in by_due_time(waiting, 0.0, lambda _: 0.1)]
+    assert order == ["short", "begun", "long", "later"]
+
+
+def test_deferred_prompts_are_left_out():
+    waiting = backlog(prompt("twin", deferred=True), prompt("other", due_s=9.0))
+    assert [entry.key for entry in by_due_time(waiting, 0.0, lambda _: 0.1)] == ["other"]
+
+
+def test_without_decode_a_batch_takes_all_that_fits_and_is_not_sliced():
+    view = load(prompt("a", due_s=2.0), prompt("b", due_s=1.0), decode=IDLE)
+    admission = ADAPTIVE.admit(view, 0.0)
+    assert admission.order == ("b", "a")
+    assert admission.tokens == 8192
+    plan = ADAPTIVE.dispatch(load(decode=IDLE, prefill=active(launched=0)), 0.0)
+    assert (plan.partition, plan.prefill_layers, plan.decode) == (TABLE.whole, LAYERS, False)
+
+
+def test_without_prompts_decode_has_the_whole_device():
+    plan = ADAPTIVE.dispatch(load(), 0.0)
+    assert (plan.partition, plan.decode, plan.fused_tokens) == (TABLE.whole, True, 0)
+
+
+def test_beside_a_tight_decode_the_batch_is_small_and_split():
+    view = load(prompt("a", new=8000, cached=4096, due_s=5.0), tbt_s=1.6 * solo_s())
+    admission = ADAPTIVE.admit(view, 0.0)
+    assert admission.order == ("a",)
+    assert 1024 <= admission.tokens < 8192
+    plan = ADAPTIVE.dispatch(load(prefill=active(), tbt_s=1.6 * solo_s()), 0.0)
+    assert plan.partition in TABLE.splits
+    assert plan.decode
+    # Two slices in flight outlast the step, so each has half of it.
+    assert plan.prefill_layers == math.ceil(plan.step.expected_s / 2 / plan.layer.expected_s)
+    assert plan.step.worst_s <= 1.6 * solo_s() - HOST_S
+
+
+def test_with_slack_prompts_ride_in_the_step():
+    fused_only = dataclasses.replace(ADAPTIVE, modes=frozenset({Mode.FUSED}))
+    view = load(prompt("a", new=8000, due_s=5.0), prompt("b", due_s=2.0))
+    assert fused_only.admit(view, 0.0) is None
+    plan = fused_only.dispatch(view, 0.0)
+    assert plan.partition.exclusive
+    assert plan.fused_order == ("b", "a")
+    assert plan.fused_tokens > 128
+    assert plan.step.worst_s <= 0.05 - HOST_S
+
+
+def test_a_request_that_joins_late_is_waited_for_less():
+    def gap_s(plan):
+        turn = plan.prefill_layers * plan.layer.worst_s if plan.partition.exclusive else 0.0
+        return plan.step.worst_s + turn
+
+    limit_s = 1.7 * solo_s()
+    patient = ADAPTIVE.dispatch(load(prefill=active(), tbt_s=0.1), 0.0)
+    hurried = ADAPTIVE.dispatch(load(prefill=active(), tbt_s=0.1, joined_due_s=limit_s), 0.0)
+    assert gap_s(hurried) <= limit_s - HOST_S < gap_s(patient)
+
+
+def test_no_way_in_time_still_computes_both():
+    plan = ADAPTIVE.dispatch(load(prefill=active(), tbt_s=0.5 * solo_s()), 0.0)
+    assert plan.decode
+    assert plan.prefill_layers >= 1
+    assert plan.partition == TABLE.splits[-1]
+
+
+def test_the_next_step_is_launched_just_before_the_last_one_ends():
+    early = load(decode_in_flight=1, decode_ends_s=1.0)
+    plan = ADAPTIVE.dispatch(early, 0.9)
+    assert not plan.decode
+    assert plan.look_again_s == pytest.approx(1.0 - LAUNCH_AHEAD_S)
+    assert ADAPTIVE.dispatch(early, plan.look_again_s).decode
+    deep = load(decode_in_flight=2, decode_ends_s=1.0)
+    assert not ADAPTIVE.dispatch(deep, 0.999).decode
+
+
+def test_enough_slices_in_flight_are_left_alone():
+    view = load(prefill=active(in_flight=2), decode_in_flight=1, decode_ends_s=1.0)
+    plan = ADAPTIVE.dispatch(view, 0.5)
+    assert (plan.decode, plan.prefill_layers) == (False, 0)
+
+
+def test_an_urgent_prompt_preempts_if_both_stay_in_time():
+    long_batch = active(launched=2, layer_s=0.05, due_s=9.0)  # 1.5 s to go
+    urgent = prompt("urgent", new=500, due_s=1.0)
+    admission = ADAPTIVE.admit(load(urgent, prefill=long_batch), 0.0)
+    assert (admission.order, admission.preempts) == (("urgent",), True)
+    victim_late = dataclasses.replace(long_batch, due_s=1.51)
+    assert ADAPTIVE.admit(load(urgent, prefill=victim_late), 0.0) is None
+    in_time_anyway = dataclasses.replace(long_batch, layer_s=0.005)
+    assert ADAPTIVE.admit(load(urgent, prefill=in_time_anyway), 0.0) is None
+    too_late_anyway = prompt("late", new=8000, due_s=0.05)
+    assert ADAPTIVE.admit(load(too_late_anyway, prefill=long_batch), 0.0) is None
+
+
+def test_prompts_that_cannot_be_in_time_are_shed_only_when_asked():
+    view = load(prompt("hopeless", new=8000, due_s=0.01), prompt("fine", due_s=2.0))
+    assert ADAPTIVE.admit(view, 0.0).shed == ()
+    shedding = dataclasses.replace(ADAPTIVE, sheds=True)
+    assert shedding.admit(view, 0.0).shed == ("hopeless",)
+
+
+def test_a_half_filled_prompt_is_never_shed():
+    view = load(prompt("begun", new=8000, due_s=0.01, begun=True), prompt("fine", due_s=2.0))
+    assert dataclasses.replace(ADAPTIVE, sheds=True).admit(view, 0.0).shed == ()
+
+
+def test_ablations():
+    whole = dataclasses.replace(ADAPTIVE, slices=False, modes=frozenset({Mode.SPLIT}))
+    plan = whole.dispatch(load(prefill=active(launched=0)), 0.0)
+    assert plan.prefill_layers == LAYERS
+    blocking = dataclasses.replace(ADAPTIVE, polls=False)
+    assert not blocking.dispatch(load(prefill=active(launched=LAYERS)), 0.0).decode
+
+
+def test_static_keeps_its_split():
+    policy = StaticSplit(TABLE, TABLE.splits[1])
+    plan = policy.dispatch(load(prefill=active(), decode_step_s=0.02), 0.0)
+    assert (plan.partition, plan.decode, plan.prefill_layers) == (TABLE.splits[1], True, 4)
+    assert policy.dispatch(load(), 0.0).partition.exclusive
+    alone = policy.dispatch(load(decode=IDLE, prefill=active(launched=0)), 0.0)
+    assert (alone.partition, alone.prefill_layers) == (TABLE.whole, LAYERS)
+
+
+def test_temporal_fills_what_the_deadline_leaves():
+    policy = Temporal(TABLE, DEVICE, tbt_s=0.05)
+    plan = policy.dispatch(load(prefill=active(launched=0), tbt_s=0.05), 0.0)
+    layer_s = DEVICE.prefill(PROMPT, TABLE.whole, None).worst_s / LAYERS
+    assert plan.partition.exclusive
+    assert plan.decode
+    assert plan.prefill_layers == int((0.05 - solo_s()) / layer_s)
+    tight = policy.dispatch(load(prefill=active(launched=0), tbt_s=0.001), 0.0)
+    assert tight.prefill_layers == 1
+    waiting = policy.dispatch(load(prefill=active(), decode_in_flight=1), 0.0)
+    assert (waiting.decode, waiting.prefill_layers) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("adaptive", AdaptiveSpec()),
+        (
+            "adaptive:split-only,no-guard",
+            AdaptiveSpec(modes=frozenset({Mode.SPLIT}), guard=False),
+        ),
+        ("adaptive:no-slices,no-polling", AdaptiveSpec(slices=False, polls=False)),
+        ("static:84/48", StaticSpec(84, 48)),
+        ("chunked", ChunkedSpec(None)),
+        ("chunked:512", ChunkedSpec(512)),
+        ("chunked:2K", ChunkedSpec(2048)),
+    ],
+)
+def test_names(text, spec):
+    assert parse_policy(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected one of adaptive, static:P/D, .* got ''"),
+        ("split", "got 'split'"),
+        ("static", "expected static:P/D"),
+        ("static:84", "expected static:P/D"),
+        ("chunked:", "expected chunked:N"),
+        ("chunked:0", "expected chunked:N"),
+        ("chunked:x", "expected chunked:N"),
+        ("table:1", "policy table takes nothing after its name"),
+        ("adaptive:fast", "adaptive has no option 'fast'"),
+        ("adaptive:split-only,fused-only", "adaptive takes one way only"),
+    ],
+)
+def test_bad_names_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policy(text)
+
+
+def test_the_factory_says_what_is_missing():
+    factory = PolicyFactory(TABLE, None, LAYERS, 8192)
+    assert factory.make("static:100/32") == StaticSplit(TABLE, TABLE.splits[1])
+    assert factory.make("chunked").step_tokens == 8192
+    with pytest.raises(ValueError, match=r"no partition 90/42; there are 116/16, 100/32, 84/48"):
+        factory.make("static:90/42")
+    with pytest.raises(ValueError, match="policy adaptive needs a latency model"):
+        factory.make("adaptive")
+    undivided = PolicyFactory(PartitionTable(132), DEVICE, LAYERS, 8192)
+    assert undivided.make("adaptive").modes == {Mode.TURNS, Mode.FUSED}
+    with pytest.raises(ValueError, match="policy table needs partitions"):
+        undivided.make("table")
+
+
+def test_without_the_guard_the_worst_case_is_the_expected_one():
+    guarded = PolicyFactory(TABLE, DEVICE, LAYERS, 8192).make("adaptive")
+    unguarded = PolicyFactory(TABLE, DEVICE, LAYERS, 8192).make("adaptive:no-guard")
+    for forecast in (
+        unguarded.model.decode(BUSY, TABLE.splits[0], PROMPT),
+        unguarded.model.prefill(PROMPT, TABLE.splits[0], BUSY),
+        unguarded.model.fused(BUSY, PROMPT),
+    ):
+        assert forecast.worst_s == forecast.expected_s
+    assert guarded.model.fused(BUSY, PROMPT).worst_s > guarded.model.fused(BUSY, PROMPT).expected_s
+
+
+keys = st.sampled_from("abcdefgh")
+
+
+@given(
+    actions=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), keys, st.floats(0, 9), st.floats(0, 9)),
+            st.tuples(st.just("remove"), keys),
+        ),
+        max_size=40,
+    )
+)
+def test_a_backlog_agrees_with_a_plain_dict(actions):
+    waiting, plain = Backlog(), {}
+    for action, key, *times in actions:
+        if action == "add":
+            entry = prompt(key, new=ord(key), due_s=times[0], arrival_s=times[1])
+            waiting.add(entry)
+            plain[key] = entry
+        elif key in plain:
+            waiting.remove(key)
+            del plain[key]
+    assert len(waiting) == len(plain)
+    assert waiting.new_tokens == sum(entry.new for entry in plain.values())
+    by_due = sorted(plain.values(), key=lambda p: (p.due_s, p.arrival_s, p.key))
+    assert waiting.first_due(-math.inf, 99) == by_due
+    assert waiting.first_due(4.0, 2) == [entry for entry in by_due if entry.due_s >= 4.0][:2]
+    by_arrival = sorted(plain.values(), key=lambda p: (p.arrival_s, p.key))
+    assert waiting.oldest(3) == by_arrival[:3]
