@@ -1,0 +1,1 @@
+"""What this machine does with this model: measured on the engine's lanes, kept, and reported."""
