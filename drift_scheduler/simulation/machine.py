@@ -1,0 +1,64 @@
+"""Machine: what a profile tells of a device and a model, as far as a simulation needs it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from drift_scheduler.estimator import Estimator
+from drift_scheduler.guard import Guard
+from drift_scheduler.latencies import Latencies
+from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.latency_model import LatencyModel
+from drift_scheduler.profile import Profile, ProfileError, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    table: PartitionTable
+    model: LatencyModel
+    num_layers: int
+
+
+def load_machine(path: str | os.PathLike[str], num_layers: int | None = None) -> Machine:
+    """The machine of a profile, whichever it is: the one that simulates need not be like it.
+
+    num_layers: of the model; None takes what the profile's key says of it. Times are fitted as the
+    server fits them, except that steps are not padded to sizes of CUDA graphs, and stay as they
+    are. Raises ProfileError, or EstimatorError where a phase was not measured.
+    """
+    try:
+        profile = Profile.from_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ProfileError(f"profile {path} cannot be read: {error.strerror or error}") from error
+    except ProfileError as error:
+        raise ProfileError(f"profile {path} is damaged or foreign: {error}") from error
+    if num_layers is None:
+        found = re.match(r"(\d+) layers\b", profile.key.model)
+        if found is None:
+            raise ProfileError(
+                f"profile {path} does not say how many layers {profile.key.model!r} has: "
+                "pass --num-layers"
+            )
+        num_layers = int(found[1])
+    estimator = Estimator.fit(profile.samples, profile.key.sms)
+    guard = Guard(profile.cells) if profile.cells else Guard.of_samples(estimator, profile.samples)
+    measured = {sample.partition for sample in profile.samples if not sample.partition.exclusive}
+    return Machine(
+        _table(profile.key.sms, measured), Latencies(estimator, guard, num_layers), num_layers
+    )
+
+
+def _table(total_sms: int, measured: set[Split]) -> PartitionTable:
+    """All splits that were measured; of those with equal decode shares the largest for prefill."""
+    by_share = {split.decode_sms: split for split in sorted(measured)}
+    splits = (by_share[share] for share in sorted(by_share))
+    return PartitionTable(
+        total_sms,
+        tuple(
+            Partition(index, split.prefill_sms, split.decode_sms)
+            for index, split in enumerate(splits, start=1)
+        ),
+    )
