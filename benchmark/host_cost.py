@@ -28,11 +28,11 @@ import numpy as np
 import zmq
 
 from benchmark.serve_trace import append
-from drift_scheduler.dispatcher import TakeTurns
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane import Lane, Work
 from drift_scheduler.lane_virtual import TimedWork, VirtualClock, VirtualLanes
 from drift_scheduler.partition import PartitionTable
+from drift_scheduler.policies.take_turns import TakeTurns
 from drift_scheduler.timeline import Timeline
 from sglang.srt.benchmarks.environment import describe
 from sglang.srt.ipc import Receiver, Sender, ipc_directory

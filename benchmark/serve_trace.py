@@ -12,79 +12,53 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
-import tempfile
-import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmark.server_process import ServerProcess
+from benchmark.trace_load import (
+    LaneUse,
+    LoadError,
+    TraceLoad,
+    client_flags,
+    internal_state,
+    model_flags,
+    run_bench,
+    vocab_size,
+)
 from sglang.srt.benchmarks.environment import describe
 
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 60.0
 # Long enough for the slowest answers of the last arrivals.
 DRAIN_LIMIT_S = 300.0
-VOCAB_SIZE_MARGIN = 256  # special tokens sit at the end of the vocabulary
 WARM_UP_REQUESTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class TraceLoad:
-    """rate: requests/s, Poisson, for about `seconds`; inputs longer than max_input_len are left
-    out. min_turns: above 1, only whole conversations of at least so many turns are replayed.
-    tbt_ms and the TTFT limits are the service level that attainment is counted against."""
-
-    trace: Path
-    rate: float
-    seconds: float
-    max_input_len: int
-    min_turns: int = 1
-    seed: int = 0
-    ttft_ms: float = 1000.0
-    ttft_ms_per_token: float = 0.5
-    tbt_ms: float = 50.0
-
-    def bench_flags(self) -> list[str]:
-        return [
-            "--dataset-name=mooncake",
-            f"--dataset-path={self.trace}",
-            f"--mooncake-max-input-len={self.max_input_len}",
-            f"--mooncake-min-turns={self.min_turns}",
-            f"--request-rate={self.rate}",
-            f"--num-prompts={round(self.rate * self.seconds)}",
-            f"--seed={self.seed}",
-            "--goodput",
-            f"ttft:{self.ttft_ms}",
-            f"ttft_per_token:{self.ttft_ms_per_token}",
-            f"itl_p99:{self.tbt_ms}",
-        ]
 
 
 def run(
     model: Path, loads: Sequence[TraceLoad], server_flags: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Each measured load as one JSON object, one after the other on one server, whose cache is
-    emptied before each. Raises ServerError if the server fails."""
-    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
-    flags = ["--load-format=dummy", "--skip-tokenizer-init", *server_flags]
+    emptied before each. Raises ServerError if the server fails, LoadError if the client does."""
+    flags = [*model_flags(model), *server_flags]
     server = ServerProcess(model, flags)
     try:
         ready_s = asyncio.run(server.wait_ready(START_LIMIT_S, lambda: None))
-        client = ["--backend=sglang", f"--base-url={server.base_url}", "--tokenize-prompt"]
-        client += [f"--vocab-size={vocab_size - VOCAB_SIZE_MARGIN}"]
+        client = client_flags(server.base_url, vocab_size(model))
         warm_up = ["--dataset-name=random-ids", f"--num-prompts={WARM_UP_REQUESTS}"]
         warm_up += ["--random-input-len=8192", "--random-output-len=16", "--random-range-ratio=1"]
-        _bench([*client, *warm_up], START_LIMIT_S)
+        run_bench([*client, *warm_up], START_LIMIT_S)
         for load in loads:
-            before = _lanes(server.base_url)
-            result = _bench(
+            before = internal_state(server.base_url)["pd_multiplex"]
+            result = run_bench(
                 [*client, *load.bench_flags(), "--flush-cache"], load.seconds + DRAIN_LIMIT_S
             )
-            after = _lanes(server.base_url)
+            if result["interrupted"]:
+                raise LoadError(f"requests were left {DRAIN_LIMIT_S:.0f} s after the last arrival")
+            after = internal_state(server.base_url)["pd_multiplex"]
             yield _row(model, load, flags, ready_s, result, before, after)
         server.stop(STOP_LIMIT_S)
     except Exception:
@@ -92,22 +66,6 @@ def run(
         raise
     finally:
         server.kill()
-
-
-def _bench(flags: Sequence[str], limit_s: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.jsonl"
-        command = [sys.executable, "-m", "sglang.bench_serving", *flags]
-        command += ["--cache-report", "--output-file", str(output)]
-        subprocess.run(command, check=True, timeout=limit_s)
-        result: dict[str, Any] = json.loads(output.read_text().splitlines()[-1])
-        return result
-
-
-def _lanes(base_url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{base_url}/server_info", timeout=30) as response:
-        lanes: dict[str, Any] = json.load(response)["internal_states"][0]["pd_multiplex"]
-        return lanes
 
 
 def _row(
@@ -119,14 +77,7 @@ def _row(
     before: dict[str, Any],
     after: dict[str, Any],
 ) -> dict[str, Any]:
-    busy_s = {
-        name: after[name] - before[name]
-        for name in ("prefill_busy_s", "decode_busy_s", "both_busy_s", "fused_busy_s")
-    }
-    launches = {
-        _partition_name(new): new["launches"] - old["launches"]
-        for old, new in zip(before["partitions"], after["partitions"], strict=True)
-    }
+    lanes = LaneUse.between(before, after)
     metrics = {
         f"{name}_{statistic}_ms": result[f"{long_statistic}_{name}_ms"]
         for name in ("ttft", "tpot", "itl", "e2e_latency")
@@ -141,11 +92,7 @@ def _row(
         "max_input_len": load.max_input_len,
         "min_turns": load.min_turns,
         "seed": load.seed,
-        "slo": {
-            "ttft_ms": load.ttft_ms,
-            "ttft_ms_per_token": load.ttft_ms_per_token,
-            "tbt_ms": load.tbt_ms,
-        },
+        "slo": load.slo,
         "server_flags": list(flags),
         "ready_s": ready_s,
         "duration_s": result["duration"],
@@ -158,17 +105,10 @@ def _row(
         "attainment_by_metric": result["slo_attainment_by_metric"],
         "goodput": result["request_goodput"],
         **metrics,
-        **busy_s,
-        "both_busy_share": busy_s["both_busy_s"] / result["duration"],
-        "launches": launches,
+        **asdict(lanes),
+        "both_busy_share": lanes.both_busy_s / result["duration"],
         "environment": describe(),
     }
-
-
-def _partition_name(partition: dict[str, Any]) -> str:
-    if partition["exclusive"]:
-        return "whole"
-    return f"p{partition['prefill_sms']}/d{partition['decode_sms']}"
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -54,6 +54,11 @@ class ServerProcess:
                 await asyncio.sleep(POLL_S)
         raise ServerError(f"the server was not ready after {limit_s:.0f} s")
 
+    @property
+    def running(self) -> bool:
+        """Whether the process has not left yet."""
+        return self._process.poll() is None
+
     def stop(self, limit_s: float) -> None:
         """Asks it to leave (SIGTERM) and waits; ServerError unless it leaves with code 0."""
         self._process.terminate()

@@ -1,0 +1,235 @@
+"""Measures a comparison: one server, one window after the other, one JSON object for each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmark.policy_plan import Comparison, Point, dropped_lines
+from benchmark.policy_table import Row
+from benchmark.server_process import ServerError, ServerProcess
+from benchmark.trace_load import (
+    LaneUse,
+    LoadError,
+    TraceLoad,
+    call,
+    client_flags,
+    internal_state,
+    model_flags,
+    run_bench,
+    vocab_size,
+)
+
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 60.0
+
+
+class Target(Protocol):
+    """A server whose policy can be changed while it runs."""
+
+    @property
+    def running(self) -> bool: ...
+
+    def choose(self, policy: str) -> None:
+        """Raises ServerError in the server's words."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """One entry of /server_info's internal_states. Raises ServerError."""
+        ...
+
+    def bench(self, load: TraceLoad, limit_s: float) -> dict[str, Any]:
+        """bench_serving's result, from an empty cache. Raises LoadError."""
+        ...
+
+    def last_words(self) -> str: ...
+
+
+class ServedModel:
+    """The Target behind ServerProcess: a server that is ready when the constructor returns."""
+
+    def __init__(self, model: Path, flags: Sequence[str]) -> None:
+        self._ordinary_ids = vocab_size(model)
+        self._process = ServerProcess(model, flags)
+        try:
+            self.ready_s = asyncio.run(self._process.wait_ready(START_LIMIT_S, lambda: None))
+        except BaseException:
+            print(self.last_words())
+            self._process.kill()
+            raise
+
+    @property
+    def running(self) -> bool:
+        return self._process.running
+
+    @property
+    def base_url(self) -> str:
+        return self._process.base_url
+
+    def choose(self, policy: str) -> None:
+        call(self.base_url, "/pd_multiplex/policy", {"policy": policy})
+
+    def state(self) -> dict[str, Any]:
+        return internal_state(self.base_url)
+
+    def bench(self, load: TraceLoad, limit_s: float) -> dict[str, Any]:
+        flags = [*client_flags(self.base_url, self._ordinary_ids), *load.bench_flags()]
+        flags += ["--flush-cache", f"--extra-request-body={json.dumps({'slo': load.slo})}"]
+        return run_bench(flags, limit_s, quiet=True)
+
+    def last_words(self) -> str:
+        return self._process.log_tail()
+
+    def stop(self) -> None:
+        """Raises ServerError unless it leaves in good order."""
+        self._process.stop(STOP_LIMIT_S)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def server_flags(model: Path, given: Sequence[str]) -> list[str]:
+    return [*model_flags(model), "--enable-pd-multiplex", *given]
+
+
+class Run:
+    """Windows in order; a server that has died is replaced, and the rows say so.
+
+    start: a new server. clock: seconds, for the budget. origin: what every row says.
+    folder: for traces that are made.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        start: Callable[[], Target],
+        folder: Path,
+        origin: Row,
+        *,
+        budget_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._comparison = comparison
+        self._start = start
+        self._folder = folder
+        self._origin = origin
+        self._budget_s = budget_s
+        self._clock = clock
+        self._servers = 0
+
+    def rows(self, target: Target) -> Iterator[Row]:
+        """A row for each window of each point that fits in the budget, those that failed too.
+
+        Raises ServerError if a server that died cannot be replaced.
+        """
+        points = self._comparison.points
+        if self._budget_s is not None:
+            points = points[: self._comparison.fitting(self._budget_s)]
+        began_s = self._clock()
+        self._servers = 1
+        for number, point in enumerate(points):
+            spent_s = self._clock() - began_s
+            if self._budget_s is not None and number and self._is_over(spent_s):
+                print("Behind the plan, the budget ends here.", *dropped_lines(points[number:]))
+                return
+            for place, policy in enumerate(self._comparison.order(point)):
+                if not target.running:
+                    target = self._start()
+                    self._servers += 1
+                yield self._window(target, point, policy) | {"place_in_point": place}
+
+    def _is_over(self, spent_s: float) -> bool:
+        assert self._budget_s is not None
+        return self._comparison.fitting(self._budget_s - spent_s, started=True) == 0
+
+    def _window(self, target: Target, point: Point, policy: str) -> Row:
+        comparison = self._comparison
+        row: Row = {
+            "benchmark": "policies",
+            "policy": policy,
+            "workload": str(point.workload),
+            "rate": point.rate,
+            "slo_tbt_ms": point.tbt_ms,
+            "slo_ttft_ms": comparison.ttft_ms,
+            "slo_ttft_ms_per_token": comparison.ttft_ms_per_token,
+            "seconds": comparison.seconds,
+            "warm_up_seconds": comparison.warm_up_seconds,
+            "max_input_len": comparison.max_input_len,
+            "seed": comparison.seed,
+            "server": self._servers,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **self._origin,
+        }
+        try:
+            return row | self._measure(target, point, policy)
+        except (ServerError, LoadError, LookupError, OSError) as error:
+            words = "" if target.running else f"; the server had left: {target.last_words()}"
+            return row | {"error": f"{type(error).__name__}: {error}{words}"}
+
+    def _measure(self, target: Target, point: Point, policy: str) -> Row:
+        comparison = self._comparison
+        target.choose(policy)
+        warm_up = comparison.warm_up(point, self._folder)
+        if warm_up is not None:
+            target.bench(warm_up, warm_up.seconds + comparison.drain_seconds)
+        load = comparison.load(point, self._folder)
+        before = target.state()
+        result = target.bench(load, load.seconds + comparison.drain_seconds)
+        return measured(load, result, before, target.state())
+
+
+def measured(
+    load: TraceLoad, result: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+) -> Row:
+    """What a window's row says of its load.
+
+    result: of bench_serving. Requests that had not ended when the client was stopped count as
+    misses, like failed ones. prefill_tokens_per_s: computed ones, without those from the cache.
+    """
+    ended = result["completed"] + result["failed"]
+    sent = load.requests if result["interrupted"] else ended
+    share = ended / sent if sent else 0.0
+    by_metric = result["slo_attainment_by_metric"]
+    lanes = LaneUse.between(before["pd_multiplex"], after["pd_multiplex"])
+    cache = result["cache_report"] or {"total_cached_tokens": 0, "total_prompt_tokens": 0}
+    computed = cache["total_prompt_tokens"] - cache["total_cached_tokens"]
+    duration_s = result["duration"]
+    row = {
+        "requests": sent,
+        "completed": result["completed"],
+        "failed": result["failed"],
+        "unfinished": sent - ended,
+        "duration_s": duration_s,
+        "attainment": result["slo_attainment"] * share,
+        "attainment_ttft": by_metric["ttft"] * share,
+        "attainment_tbt": by_metric["itl_p99"] * share,
+        "goodput": result["request_goodput"],
+        "ttft_p50_ms": result["median_ttft_ms"],
+        "ttft_p99_ms": result["p99_ttft_ms"],
+        "tbt_p50_ms": result["median_itl_ms"],
+        "tbt_p99_ms": result["p99_itl_ms"],
+        "client_lag_ms": result["client_max_start_lag_ms"],
+        "prefill_tokens_per_s": computed / duration_s,
+        "output_tokens_per_s": result["output_throughput"],
+        "cached_share": _ratio(cache["total_cached_tokens"], cache["total_prompt_tokens"]),
+        "prefill_busy_share": lanes.prefill_busy_s / duration_s,
+        "decode_busy_share": lanes.decode_busy_s / duration_s,
+        "both_busy_share": lanes.both_busy_s / duration_s,
+        "fused_share": lanes.fused_busy_s / duration_s,
+        "launches": asdict(lanes)["launches"],
+    }
+    if "slo" in after:
+        row["server_slo"] = {"before": before.get("slo"), "after": after["slo"]}
+    if result["completed"] == 0:
+        row["error"] = "no request completed"
+    return row
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,368 @@
+"""The comparison of policies: its plan, its run against a fake server, its rows and its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmark.policies import main, parse
+from benchmark.policy_plan import START_S, Comparison, Point, Workload
+from benchmark.policy_run import Run, measured
+from benchmark.policy_table import margin, render
+from benchmark.server_process import ServerError
+from benchmark.trace_load import LaneUse, LoadError, TraceLoad, run_bench
+from sglang.bench.datasets.mooncake import read_trace
+from sglang.bench.errors import BenchError
+
+POLICIES = ("adaptive", "table", "chunked:512")
+LANES = {
+    "prefill_busy_s": 1.0,
+    "decode_busy_s": 2.0,
+    "both_busy_s": 0.5,
+    "fused_busy_s": 0.25,
+    "partitions": [
+        {"exclusive": True, "prefill_sms": 132, "decode_sms": 132, "launches": 5},
+        {"exclusive": False, "prefill_sms": 84, "decode_sms": 48, "launches": 7},
+    ],
+}
+
+
+def write_trace(path, rows, input_length=10):
+    lines = [json.dumps({"input_length": input_length, "output_length": 3}) for _ in range(rows)]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+@pytest.fixture
+def trace(tmp_path):
+    return write_trace(tmp_path / "lengths.jsonl.gz", 200)
+
+
+@pytest.fixture
+def comparison(trace):
+    return Comparison(
+        workloads=(Workload.parse(f"sharegpt_lengths:{trace}"),),
+        policies=POLICIES,
+        rates=(1.0, 2.0),
+        tbts_ms=(50.0, 25.0),
+        seconds=60.0,
+        warm_up_seconds=10.0,
+        drain_seconds=30.0,
+        max_input_len=1000,
+        ttft_ms=1000.0,
+        ttft_ms_per_token=0.5,
+        seed=3,
+    )
+
+
+def bench_result(attainment=0.5, **changes):
+    return {
+        "completed": 8,
+        "failed": 2,
+        "interrupted": False,
+        "duration": 10.0,
+        "slo_attainment": attainment,
+        "slo_attainment_by_metric": {"ttft": 0.7, "itl_p99": 0.6},
+        "request_goodput": 0.5,
+        "median_ttft_ms": 300.0,
+        "p99_ttft_ms": 900.0,
+        "median_itl_ms": 20.0,
+        "p99_itl_ms": 40.0,
+        "client_max_start_lag_ms": 1.0,
+        "output_throughput": 100.0,
+        "cache_report": {"total_prompt_tokens": 1000, "total_cached_tokens": 400},
+    } | changes
+
+
+class FakeTarget:
+    """Notes what it is asked. fails: (policy, call) -> exception."""
+
+    def __init__(self, log, fails=None):
+        self.log = log
+        self.fails = fails or {}
+        self.running = True
+        self.policy = None
+
+    def choose(self, policy):
+        self.policy = policy
+        self.log.append(("choose", policy))
+        self._fail("choose")
+
+    def state(self):
+        return {"pd_multiplex": LANES, "slo": {"finished": len(self.log)}}
+
+    def bench(self, load, limit_s):
+        self.log.append(("bench", load.seconds, load.seed))
+        self._fail("bench")
+        return bench_result()
+
+    def last_words(self):
+        return "out of memory"
+
+    def _fail(self, call):
+        error = self.fails.get((self.policy, call))
+        if error == "dies":
+            self.running = False
+            raise LoadError("connection refused")
+        if error is not None:
+            raise error
+
+
+class TestPlan:
+    def test_points_are_all_combinations_in_the_order_given(self, comparison):
+        places = [(point.tbt_ms, point.rate) for point in comparison.points]
+        assert places == [(50, 1), (50, 2), (25, 1), (25, 2)]
+
+    def test_every_point_has_all_policies_in_its_own_order(self, comparison):
+        orders = [comparison.order(point) for point in comparison.points]
+        assert all(sorted(order) == sorted(POLICIES) for order in orders)
+        many = [
+            dataclasses.replace(comparison, seed=seed).order(comparison.points[0])
+            for seed in range(20)
+        ]
+        assert len({tuple(order) for order in many}) > 1
+        assert orders == [comparison.order(point) for point in comparison.points]
+
+    def test_all_policies_get_the_same_load_and_the_warm_up_another(self, comparison, tmp_path):
+        point = comparison.points[1]
+        load, warm_up = comparison.load(point, tmp_path), comparison.warm_up(point, tmp_path)
+        assert load == comparison.load(point, tmp_path)
+        assert (load.requests, load.seed, load.tbt_ms) == (120, 3, 50)
+        assert (warm_up.requests, warm_up.seed) == (20, 4)
+        assert dataclasses.replace(comparison, warm_up_seconds=0).warm_up(point, tmp_path) is None
+
+    def test_a_tool_agent_trace_is_made_once_for_its_rate(self, comparison, tmp_path):
+        comparison = dataclasses.replace(comparison, max_input_len=32768)
+        point = Point(Workload.parse("tool_agent"), 50.0, 2.0)
+        load = comparison.load(point, tmp_path)
+        assert len(read_trace(str(load.trace))) == load.requests == 120
+        written_ns = load.trace.stat().st_mtime_ns
+        assert comparison.load(point, tmp_path).trace.stat().st_mtime_ns == written_ns
+
+    def test_a_budget_keeps_whole_points(self, comparison):
+        assert comparison.fitting(START_S + 2.5 * comparison.point_s) == 2
+        assert comparison.fitting(1e9) == 4
+        assert comparison.fitting(START_S) == 0
+        assert comparison.fitting(comparison.point_s, started=True) == 1
+        first, *dropped = comparison.budget_lines(START_S + 2.5 * comparison.point_s)
+        assert "room for 6 of 12 windows" in first
+        assert [line.strip() for line in dropped] == [
+            "not measured: sharegpt_lengths:lengths.jsonl.gz, TBT 25 ms, 1 requests/s",
+            "not measured: sharegpt_lengths:lengths.jsonl.gz, TBT 25 ms, 2 requests/s",
+        ]
+
+    def test_a_trace_that_is_too_short_is_refused(self, comparison, tmp_path):
+        comparison.check()
+        with pytest.raises(BenchError, match=r"200 requests are no longer .* ask for 600"):
+            dataclasses.replace(comparison, rates=(10.0,)).check()
+        with pytest.raises(BenchError, match="0 requests are no longer"):
+            dataclasses.replace(comparison, max_input_len=5).check()
+        with pytest.raises(BenchError, match="tool_agent needs at least"):
+            dataclasses.replace(comparison, workloads=(Workload("tool_agent"),)).check()
+
+    @pytest.mark.parametrize("text", ["mooncake", "mooncake:", "tool_agent:x", "nothing:file"])
+    def test_unknown_workloads(self, text):
+        with pytest.raises(ValueError, match="expected mooncake:FILE"):
+            Workload.parse(text)
+
+
+def rows_of(comparison, tmp_path, target, **options):
+    log = target.log
+    replacements = []
+
+    def start():
+        replacements.append(FakeTarget(log))
+        return replacements[-1]
+
+    run = Run(comparison, start, tmp_path, {"model": "m"}, **options)
+    return list(run.rows(target)), replacements
+
+
+class TestRun:
+    def test_windows_switch_warm_up_and_measure(self, comparison, tmp_path):
+        log = []
+        rows, replacements = rows_of(comparison, tmp_path, FakeTarget(log))
+        assert len(rows) == 12
+        assert not replacements
+        chosen = [entry[1] for entry in log if entry[0] == "choose"]
+        assert chosen == [p for point in comparison.points for p in comparison.order(point)]
+        assert [row["policy"] for row in rows] == chosen
+        assert log[:3] == [("choose", chosen[0]), ("bench", 10.0, 4), ("bench", 60.0, 3)]
+        assert all("error" not in row and row["server"] == 1 for row in rows)
+        assert [row["place_in_point"] for row in rows] == [0, 1, 2] * 4
+        assert rows[0]["slo_tbt_ms"] == 50
+        assert rows[0]["model"] == "m"
+
+    def test_a_window_that_fails_is_a_row(self, comparison, tmp_path):
+        fails = {
+            ("table", "choose"): ServerError("HTTP 400: no table"),
+            ("chunked:512", "bench"): LoadError("timed out"),
+        }
+        rows, replacements = rows_of(comparison, tmp_path, FakeTarget([], fails))
+        errors = {row["policy"]: row.get("error") for row in rows}
+        assert errors == {
+            "adaptive": None,
+            "table": "ServerError: HTTP 400: no table",
+            "chunked:512": "LoadError: timed out",
+        }
+        assert len(rows) == 12
+        assert not replacements
+
+    def test_a_dead_server_is_replaced_and_its_last_words_are_kept(self, comparison, tmp_path):
+        rows, replacements = rows_of(
+            comparison, tmp_path, FakeTarget([], {("adaptive", "bench"): "dies"})
+        )
+        assert len(replacements) == 1
+        (failed,) = [row for row in rows if "error" in row]
+        assert failed["policy"] == "adaptive"
+        assert "out of memory" in failed["error"]
+        at = rows.index(failed)
+        assert [row["server"] for row in rows] == [1] * (at + 1) + [2] * (11 - at)
+
+    def test_a_budget_leaves_points_out(self, comparison, tmp_path, capsys):
+        budget_s = START_S + 2.5 * comparison.point_s
+        rows, _ = rows_of(comparison, tmp_path, FakeTarget([]), budget_s=budget_s)
+        assert {(row["slo_tbt_ms"], row["rate"]) for row in rows} == {(50, 1), (50, 2)}
+        slow_clock = iter([0.0, 0.0, 0.9 * budget_s])
+        rows, _ = rows_of(
+            comparison, tmp_path, FakeTarget([]), budget_s=budget_s, clock=lambda: next(slow_clock)
+        )
+        assert {(row["slo_tbt_ms"], row["rate"]) for row in rows} == {(50, 1)}
+        assert "not measured: " in capsys.readouterr().out
+
+
+class TestMeasured:
+    load = TraceLoad(Path("t"), 2.0, 10.0, 100)
+
+    def test_shares_and_rates(self):
+        after = json.loads(json.dumps(LANES))
+        after["prefill_busy_s"] += 4.0
+        after["both_busy_s"] += 3.0
+        after["fused_busy_s"] += 1.0
+        after["partitions"][1]["launches"] += 11
+        row = measured(
+            self.load,
+            bench_result(),
+            {"pd_multiplex": LANES, "slo": 1},
+            {"pd_multiplex": after, "slo": 2},
+        )
+        assert row["requests"] == 10
+        assert (row["attainment"], row["attainment_ttft"], row["attainment_tbt"]) == (0.5, 0.7, 0.6)
+        assert row["goodput"] == 0.5
+        assert row["prefill_tokens_per_s"] == pytest.approx(60.0)
+        assert row["cached_share"] == pytest.approx(0.4)
+        assert row["prefill_busy_share"] == pytest.approx(0.4)
+        assert row["both_busy_share"] == pytest.approx(0.3)
+        assert row["fused_share"] == pytest.approx(0.1)
+        assert row["launches"] == {"whole": 0, "p84/d48": 11}
+        assert row["server_slo"] == {"before": 1, "after": 2}
+
+    def test_what_was_not_finished_is_a_miss(self):
+        state = {"pd_multiplex": LANES}
+        row = measured(self.load, bench_result(interrupted=True), state, state)
+        assert (row["requests"], row["unfinished"]) == (20, 10)
+        assert row["attainment"] == pytest.approx(0.25)
+        assert row["attainment_ttft"] == pytest.approx(0.35)
+        assert "server_slo" not in row
+
+    def test_no_answer_at_all_is_an_error(self):
+        state = {"pd_multiplex": LANES}
+        row = measured(
+            self.load, bench_result(0.0, completed=0, failed=10, cache_report=None), state, state
+        )
+        assert row["error"] == "no request completed"
+        assert row["attainment"] == 0
+
+    def test_lane_use_counts_what_was_added(self):
+        use = LaneUse.between(LANES, LANES | {"decode_busy_s": 3.5})
+        assert use.decode_busy_s == 1.5
+        assert use.prefill_busy_s == 0
+
+
+def table_row(policy, rate, attainment, **more):
+    return {
+        "policy": policy,
+        "workload": "w",
+        "slo_tbt_ms": 50.0,
+        "rate": rate,
+        "attainment": attainment,
+        "goodput": attainment * rate,
+    } | more
+
+
+class TestTable:
+    def test_the_best_of_a_column_is_marked_and_the_margin_told(self):
+        rows = [
+            table_row("table", 1.0, 0.9),
+            table_row("adaptive", 1.0, 0.8),
+            table_row("adaptive", 2.0, 0.75),
+            table_row("table", 2.0, 0.5),
+        ]
+        title, header, adaptive, other, ahead = render(rows).splitlines()
+        assert title.startswith("w, TBT 50 ms")
+        assert header.split() == ["requests/s", "1", "2"]
+        assert adaptive.split() == ["adaptive", "0.80", "(0.80)", "0.75", "(1.50)*"]
+        assert other.split() == ["table", "0.90", "(0.90)*", "0.50", "(1.00)"]
+        assert ahead.split()[-2:] == ["-0.10", "+0.25"]
+
+    def test_a_failed_window_takes_no_part(self):
+        failed = table_row("table", 1.0, 0.0, error="x")
+        del failed["attainment"], failed["goodput"]
+        rows = [failed, table_row("adaptive", 1.0, 0.8)]
+        lines = render(rows).splitlines()
+        assert lines[2].split() == ["adaptive", "0.80", "(0.80)*"]
+        assert lines[3].split() == ["table", "error"]
+        assert margin(rows) is None
+
+    def test_each_service_level_has_its_own_table(self):
+        rows = [table_row("a", 1.0, 1.0), table_row("a", 1.0, 0.5) | {"slo_tbt_ms": 25.0}]
+        assert render(rows).count("TBT") == 2
+
+
+class TestCommandLine:
+    required = ("--model", "m", "--out", "o", "--workload", "tool_agent")
+
+    @pytest.mark.parametrize(
+        ("flags", "complaint"),
+        [
+            ("--policy a a", "--policy names one twice"),
+            ("--policy a --rate 0", "--rate: must be above 0"),
+            ("--policy a --seconds nan", "--seconds: must be a number"),
+            ("--policy a --workload x", "--workload: expected mooncake:FILE"),
+            ("--policy a --seed -1", "--seed must not be negative"),
+        ],
+    )
+    def test_refusals_name_the_flag(self, flags, complaint, capsys):
+        with pytest.raises(SystemExit):
+            parse([*self.required, *flags.split()])
+        assert complaint in capsys.readouterr().err
+
+    def test_server_flags_follow_the_dashes(self):
+        given = parse([*self.required, "--policy", "a", "--", "--context-length", "99"])
+        assert given.server_flags == ["--context-length", "99"]
+
+    def test_a_budget_in_which_nothing_fits_starts_no_server(self, capsys):
+        assert main([*self.required, "--policy", "a", "--budget-minutes", "0.1"]) == 1
+        captured = capsys.readouterr()
+        assert "room for 0 of 1 windows" in captured.out
+        assert "not one point fits" in captured.err
+
+
+def test_a_client_that_ends_without_a_result_says_why():
+    with pytest.raises(LoadError, match="--nonsense"):
+        run_bench(["--nonsense"], 60.0, quiet=True)
+
+
+def test_a_load_states_its_service_level_to_client_and_server():
+    load = TraceLoad(Path("t"), 2.0, 10.0, 100, tbt_ms=25.0)
+    assert load.slo == {"ttft_ms": 1000.0, "ttft_ms_per_token": 0.5, "tbt_ms": 25.0}
+    flags = load.bench_flags()
+    assert flags[flags.index("--goodput") + 1 :] == [
+        "ttft:1000.0",
+        "ttft_per_token:0.5",
+        "itl_p99:25.0",
+    ]
