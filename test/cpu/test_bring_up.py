@@ -9,12 +9,15 @@ import psutil
 import pytest
 import torch
 
-from drift_scheduler.dispatcher import Chunked, SplitByBatchSize, TakeTurns
 from drift_scheduler.lane import Phase
 from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.by_batch_size import SplitByBatchSize
+from drift_scheduler.policies.chunked import Chunked
+from drift_scheduler.policies.take_turns import TakeTurns
 from sglang.srt.errors import ConfigError
-from sglang.srt.model_executor.bring_up import bring_up, make_dispatcher, make_lanes
+from sglang.srt.model_executor.bring_up import bring_up, make_lanes, make_policies
 from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, warm_up
+from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import ServerArgs
 
@@ -97,7 +100,7 @@ def test_a_prefill_batch_smaller_than_a_page_is_refused(start, flags):
 
 
 def test_every_lane_has_attention_of_its_own(start):
-    flags = {"enable_pdmux": True} if num_cores > 1 else {}
+    flags = {"enable_pdmux": True, "pd_multiplex_policy": "table"} if num_cores > 1 else {}
     executor = start(**flags)
     kernels = executor.runner.kernels
     expected = {(phase, index) for phase in Phase for index in range(len(executor.lanes.table))}
@@ -129,17 +132,29 @@ def test_without_a_size_the_pool_takes_its_share_of_free_memory(start, monkeypat
 @pytest.mark.parametrize(
     ("flags", "step_tokens"),
     [
-        ({"enable_pdmux": True, "pd_multiplex_policy": "chunked:96"}, 96),
+        pytest.param(
+            {"enable_pdmux": True, "pd_multiplex_policy": "chunked:96"}, 96, marks=needs_two_cores
+        ),
         ({"enable_mixed_chunk": True}, 2048),
         ({"enable_mixed_chunk": True, "chunked_prefill_size": 64}, 64),
         ({"enable_mixed_chunk": True, "chunked_prefill_size": 64, "max_prefill_tokens": 40}, 40),
     ],
 )
-def test_chunked_steps_make_no_partitions(start, flags, step_tokens):
+def test_chunked_steps_have_the_size_asked_for(start, flags, step_tokens):
     executor = start(**flags, disable_overlap_schedule=True)
     table = executor.lanes.table
-    assert not table.splits
+    assert bool(table.splits) == ("enable_pdmux" in flags)  # for policies that come later
     assert executor.dispatcher == Chunked(table, step_tokens, decode_depth=1)
+
+
+def by_batch_size(lanes, pdmux: PdmuxConfig, *, disable_overlap_schedule=False):
+    """What becomes of the policy "table" on these lanes."""
+    args = SimpleNamespace(
+        policy=lambda: MultiplexPolicy("table", pdmux),
+        disable_overlap_schedule=disable_overlap_schedule,
+        slo_overload="queue",
+    )
+    return make_policies(args, lanes, None, num_layers=3, prefill_tokens=64).make("table")
 
 
 @needs_two_cores
@@ -148,7 +163,7 @@ def test_multiplexing_divides_the_cores():
     lanes = make_lanes(CPU, pdmux)
     try:
         assert 1 <= len(lanes.table.splits) <= pdmux.sm_group_num - 2
-        dispatcher = make_dispatcher(lanes, pdmux, depth=2, chunk_tokens=64)
+        dispatcher = by_batch_size(lanes, pdmux)
         assert isinstance(dispatcher, SplitByBatchSize)
         assert len(dispatcher.thresholds) == len(lanes.table.splits)
         assert dispatcher.thresholds[0] == 1
@@ -185,8 +200,8 @@ def granting(splits: dict[int, int], total: int = 132) -> SimpleNamespace:
 def test_thresholds_of_divisions_go_with_the_share_that_was_granted():
     rows = (Division(112, 20, 2), Division(92, 40, 8), Division(60, 72, 20))
     pdmux = PdmuxConfig(sm_group_num=5, manual_divisions=rows, split_forward_token_budget=777)
-    dispatcher = make_dispatcher(
-        granting({20: 24, 40: 40, 72: 72}), pdmux, depth=1, chunk_tokens=64
+    dispatcher = by_batch_size(
+        granting({20: 24, 40: 40, 72: 72}), pdmux, disable_overlap_schedule=True
     )
     assert dispatcher.thresholds == (2, 8, 20)
     assert dispatcher.layer_token_budget == 777
@@ -196,17 +211,13 @@ def test_thresholds_of_divisions_go_with_the_share_that_was_granted():
 def test_divisions_rounded_to_one_share_keep_the_smallest_threshold():
     rows = (Division(112, 20, 2), Division(110, 22, 8), Division(60, 72, 20))
     pdmux = PdmuxConfig(sm_group_num=5, manual_divisions=rows)
-    dispatcher = make_dispatcher(
-        granting({20: 24, 22: 24, 72: 72}), pdmux, depth=2, chunk_tokens=64
-    )
+    dispatcher = by_batch_size(granting({20: 24, 22: 24, 72: 72}), pdmux)
     assert dispatcher.thresholds == (2, 20)
 
 
 def test_without_divisions_thresholds_are_even():
     pdmux = PdmuxConfig(sm_group_num=5, decode_bs_divisor=30)
-    dispatcher = make_dispatcher(
-        granting({24: 24, 48: 48, 72: 72}), pdmux, depth=2, chunk_tokens=64
-    )
+    dispatcher = by_batch_size(granting({24: 24, 48: 48, 72: 72}), pdmux)
     assert dispatcher.thresholds == (1, 20, 30)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SGLANG = ROOT / "python" / "sglang"
-CLIENT_SIDE = ("lang", "bench", "bench_serving.py", "bench_one_batch_server.py")
+CLIENT_SIDE = ("lang", "bench", "drift_report", "bench_serving.py", "bench_one_batch_server.py")
 
 
 def python_files(folder: Path) -> list[Path]:

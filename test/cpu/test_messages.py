@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from drift_scheduler.slo import Slo
 from sglang.srt.messages import (
     ALL_MESSAGES,
     ControlReply,
@@ -60,6 +61,9 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         fields = typing.get_type_hints(kind)
         return st.builds(kind, **{name: _values(hint) for name, hint in fields.items()})
+    if kind is Slo:
+        limits_s = st.floats(min_value=0, exclude_min=True, allow_nan=False)
+        return st.builds(Slo, limits_s, limits_s, limits_s)
     plain: dict[Any, st.SearchStrategy[Any]] = {
         str: st.text(max_size=8),
         int: _INT64,

@@ -13,12 +13,15 @@ import pytest
 import torch
 import transformers
 
-from drift_scheduler.dispatcher import Chunked, SplitByBatchSize, TakeTurns
+from drift_scheduler.dispatcher import Admission
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_cpu import CpuLanes
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.by_batch_size import SplitByBatchSize
+from drift_scheduler.policies.chunked import Chunked
+from drift_scheduler.policies.take_turns import TakeTurns
 from drift_scheduler.timeline import Timeline
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
 from sglang.srt.layers.matmul.base import TorchMatmul
@@ -196,6 +199,41 @@ def test_a_prefill_may_change_lanes_at_any_layer(runner, lanes, greedy):
         assert run_slices(run, lanes, cuts, list(partitions)) == expected
 
 
+def test_slices_of_two_batches_may_take_turns_on_a_lane(runner, lanes, greedy):
+    """Each goes on with its own plan, whichever ran on the lane before it."""
+    prompts = {1: prompt_of(20), 2: prompt_of(9, start=70)}
+    others = {3: prompt_of(33, start=40), 4: prompt_of(17, start=11), 5: prompt_of(2)}
+    sequences = Sequences()
+    runs = [runner.start(sequences.batch(new)) for new in (prompts, others)]
+    lane = lanes.lane(Phase.PREFILL, lanes.table.whole)
+    turns = [(0, 0, 1), (1, 0, 2), (0, 1, 2), (0, 2, 3), (1, 2, 4), (0, 3, 4)]
+    for index, first, last in turns:
+        ticket = lane.launch(runs[index].slice_work(lane, first, last))
+    ticket.wait(LIMIT_S)
+    for run, new in zip(runs, (prompts, others), strict=True):
+        assert run.tokens() == [greedy(prompt, 1)[0] for prompt in new.values()]
+
+
+def test_a_batch_is_planned_once_unless_another_one_comes_between(runner, lanes, monkeypatch):
+    lane = lanes.lane(Phase.PREFILL, lanes.table.whole)
+    attention = runner.kernels[Phase.PREFILL, 0].attention
+    planned = []
+    plan = attention.plan
+
+    def recorded(batch):
+        planned.append(batch.num_tokens)
+        plan(batch)
+
+    monkeypatch.setattr(attention, "plan", recorded)
+    sequences = Sequences()
+    long, short = (runner.start(sequences.batch({row: prompt_of(4 * row)})) for row in (2, 1))
+    turns = [(long, 0, 1), (long, 1, 2), (short, 0, 2), (short, 2, 4), (long, 2, 3), (long, 3, 4)]
+    for run, first, last in turns:
+        ticket = lane.launch(run.slice_work(lane, first, last))
+    ticket.wait(LIMIT_S)
+    assert planned == [8, 4, 8]
+
+
 def test_a_chunked_prompt_gives_the_same_token(runner, lanes, greedy):
     prompt = prompt_of(40)
     sequences = Sequences()
@@ -293,6 +331,20 @@ def test_upload_keeps_every_field_apart():
     assert torch.equal(table_slots, device.table_slots)
 
 
+class PreEmpting(TakeTurns):
+    """Prefills layer by layer; a prompt that waits goes in front of the batch in flight."""
+
+    def admit(self, view, now_s):
+        if view.prefill is None:
+            return Admission(tokens=24)
+        shortest = min(view.backlog.oldest(9), key=lambda prompt: prompt.new)
+        return Admission((shortest.key,), preempts=True)
+
+    def dispatch(self, view, now_s):
+        plan = super().dispatch(view, now_s)
+        return replace(plan, prefill_layers=min(plan.prefill_layers, 1))
+
+
 def serve(
     runner,
     lanes,
@@ -318,6 +370,7 @@ def serve(
         "turns": lambda: TakeTurns(lanes.table),
         "chunked": lambda: Chunked(lanes.table, step_tokens=10),
         "split": lambda: SplitByBatchSize(lanes.table, (1,)),
+        "pre-empting": lambda: PreEmpting(lanes.table),
     }[policy]()
     timeline = Timeline()
     gang = Gang(engine, lanes, dispatcher, timeline, time.monotonic)
@@ -364,6 +417,20 @@ def test_the_whole_engine_on_cpu_lanes_gives_greedy_answers(runner, lanes, greed
     assert (timeline.busy_s(Phase.PREFILL) > 0) == (policy != "chunked")
     assert (timeline.fused_busy_s > 0) == (policy == "chunked")
     assert timeline.busy_s(Phase.DECODE) > 0
+
+
+def test_pre_empted_batches_give_greedy_answers(runner, lanes, greedy):
+    lengths = [(45, 5), (5, 3), (24, 4), (8, 1), (18, 6)]
+    requests = {
+        f"r{i}": (prompt_of(tokens, start=20 * i), replaced(max_new_tokens=count))
+        for i, (tokens, count) in enumerate(lengths)
+    }
+    answers, _, timeline = serve(runner, lanes, requests, policy="pre-empting")
+    for rid, (prompt, sampling) in requests.items():
+        assert answers[rid][0] == greedy(prompt, sampling.max_new_tokens), rid
+    # Slices of one batch, and how many of them in a row: less than all where one was parked.
+    tokens = [run.tokens for run in timeline.runs(Phase.PREFILL)]
+    assert any(len(list(same)) < LAYERS for _, same in itertools.groupby(tokens))
 
 
 def replaced(**fields) -> SamplingParams:

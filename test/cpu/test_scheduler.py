@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 
-from drift_scheduler.dispatcher import SplitByBatchSize
+from drift_scheduler.attainment import Attainment
+from drift_scheduler.dispatcher import Admission, Forecast, Plan
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.by_batch_size import SplitByBatchSize
+from drift_scheduler.policies.factory import PolicyFactory
+from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import Timeline
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler import Scheduler, count_finished, fixed_policy
 from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
@@ -26,7 +31,9 @@ from sglang.srt.messages import (
     FlushCache,
     GenerateRequest,
     GetState,
+    GetTimeline,
     Message,
+    SetPolicy,
     Shutdown,
     StopMatched,
     TokenBatch,
@@ -117,6 +124,8 @@ class House:
         cost: Callable = cost_by_tokens,
         dispatcher=None,
         turn_s: float = 0.0,
+        max_queued: int | None = None,
+        make_policy: Callable = fixed_policy,
     ) -> None:
         self.clock = VirtualClock()
         self.lanes = WakingLanes(TABLE, self.clock)
@@ -124,6 +133,7 @@ class House:
         allocator = SlotAllocator(NUM_SLOTS, 1)
         self.cache = SequenceCache(RadixCache(1, allocator.free), allocator)
         outbox = Outbox()
+        attainment = Attainment(self.clock.now_s)
         self.engine = ServingEngine(
             FakeRunner(
                 num_layers=4,
@@ -135,10 +145,14 @@ class House:
             ),
             self.cache,
             RowPool(NUM_ROWS),
-            EngineLimits(context_length=CONTEXT, prefill_tokens=32, chunked=True),
+            EngineLimits(
+                context_length=CONTEXT, prefill_tokens=32, chunked=True, max_queued=max_queued
+            ),
             eos_token_ids=frozenset(),
             outbox=outbox,
             random_seed=0,
+            on_finish=lambda request: count_finished(attainment, request),
+            clock=self.clock,
         )
         timeline = Timeline()
         gang = Gang(
@@ -161,6 +175,8 @@ class House:
             to_detokenizer=self.detokenizer,
             watchdog=self.watchdog,
             log=SchedulerLog(40, self.clock),
+            attainment=attainment,
+            make_policy=make_policy,
             clock=self.clock,
         )
 
@@ -197,12 +213,15 @@ class House:
         return [(time_s, reply.call_id, reply.ok) for time_s, reply in self.tokenizer.sent]
 
 
-def ask(rid: str, tokens: int = 5, max_new_tokens: int = 4) -> GenerateRequest:
+def ask(
+    rid: str, tokens: int = 5, max_new_tokens: int = 4, arrival_s: float = 0.0, **slo
+) -> GenerateRequest:
     return GenerateRequest(
         rid=rid,
         input_ids=list(range(tokens)),
         sampling=SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens),
-        arrival_s=0.0,
+        arrival_s=arrival_s,
+        **slo,
     )
 
 
@@ -315,6 +334,39 @@ def test_state_is_told_at_once_while_work_is_in_flight():
     assert sum(p["launches"] for p in multiplex["partitions"]) > 5
 
 
+def test_state_tells_who_had_tokens_in_time():
+    """Of four tokens a launch each, one a second."""
+    house = House(
+        [
+            (0.0, ask("quick", slo=Slo(ttft_s=1.0, tbt_s=1.0), slo_class="chat")),
+            (10.0, ask("slow", slo=Slo(ttft_s=0.5, tbt_s=1.0), arrival_s=10.0, slo_class="chat")),
+            (20.0, ask("silent", arrival_s=20.0)),
+            (30.0, ask("probe", arrival_s=30.0, slo_class="")),
+            (40.0, ask("gone", arrival_s=40.0)),
+            (40.5, AbortRequest(rid="gone")),
+            (50.0, GetState(call_id=1)),
+            (51.0, Shutdown()),
+        ],
+        cost=one_second_a_launch,
+    ).run()
+    slo = house.tokenizer.sent[0][1].data["slo"]
+    assert (slo["finished"], slo["shed"]) == (3, 0)
+    assert (slo["met_ttft"], slo["met_tbt"], slo["met"]) == (2, 3, 2)
+    assert slo["goodput_rps"] == pytest.approx(2 / 50)
+    assert slo["window"]["attainment"] == pytest.approx(2 / 3)
+    assert {name: counts["met"] for name, counts in slo["classes"].items()} == {
+        "chat": 1,
+        "default": 1,
+    }
+
+
+def test_a_request_that_finds_no_room_is_counted_as_shed():
+    house = House([(0.0, ask("a")), (1.0, GetState(call_id=1)), (2.0, Shutdown())], max_queued=0)
+    slo = house.run().tokenizer.sent[0][1].data["slo"]
+    assert house.ends() == {"a": "abort"}
+    assert (slo["finished"], slo["shed"], slo["classes"]["default"]["shed"]) == (0, 1, 1)
+
+
 def test_accounts_are_checked_when_the_engine_becomes_idle():
     house = House([(0.0, ask("a")), (5.0, ask("b")), (9.0, Shutdown())])
     house.cache.allocator.alloc_extend(None, 0, 1)  # lost
@@ -355,8 +407,8 @@ def test_work_that_never_ends_is_a_hang():
 
 
 class NeverAdmits(SplitByBatchSize):
-    def admits(self, view, now_s) -> bool:
-        return False
+    def admit(self, view, now_s) -> None:
+        return None
 
 
 def test_requests_that_wait_for_ever_are_a_hang():
@@ -366,3 +418,135 @@ def test_requests_that_wait_for_ever_are_a_hang():
     with pytest.raises(Hung):
         house.run()
     assert house.clock.now_s == pytest.approx(5.0 + WATCHDOG_S, abs=1.0)
+
+
+class ByTokens:
+    """A latency model for cost_by_tokens, roughly."""
+
+    def decode(self, shape, partition, beside) -> Forecast:
+        return Forecast(0.01, 0.012)
+
+    def prefill(self, shape, partition, beside) -> Forecast:
+        return Forecast(0.001 * shape.tokens, 0.0012 * shape.tokens)
+
+    def fused(self, decode, prefill) -> Forecast:
+        return Forecast(0.01 + 0.001 * prefill.tokens, 0.012 + 0.0012 * prefill.tokens)
+
+
+POLICIES = (
+    "turns",
+    "table",
+    "chunked:16",
+    "static:2/2",
+    "adaptive",
+    "adaptive:fused-only",
+    "temporal",
+)
+
+
+def crowd() -> list[tuple[float, Message]]:
+    return [
+        (0.3 * i, ask(f"r{i}", tokens=5 + 17 * i % 60, max_new_tokens=3 + i % 9)) for i in range(40)
+    ]
+
+
+def make_policy(text: str):
+    return PolicyFactory(TABLE, ByTokens(), num_layers=4, max_batch_tokens=32).make(text)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_policy_may_change_at_any_time_and_no_token_does(stride):
+    """Each policy takes over what another has in flight: batches, parked ones, fused steps."""
+    order = [POLICIES[stride * i % len(POLICIES)] for i in range(100)]
+    switches = [
+        (0.37 * i, SetPolicy(call_id=i, policy=policy)) for i, policy in enumerate(order, start=1)
+    ]
+    end = (600.0, Shutdown())
+
+    def slow(batch, layers, lane) -> float:
+        return 20 * cost_by_tokens(batch, layers, lane)
+
+    switched = House([*crowd(), *switches, end], cost=slow, make_policy=make_policy).run()
+    steady = House([*crowd(), end], cost=slow).run()
+    assert all(reply.ok for _, reply in switched.tokenizer.sent)
+    assert len(switched.tokenizer.sent) == 100
+    assert set(switched.ends().values()) == {"length"}
+    assert len(switched.ends()) == 40
+    assert all(switched.ids(f"r{i}") == steady.ids(f"r{i}") for i in range(40))
+
+
+@pytest.mark.parametrize("last", POLICIES)
+@pytest.mark.parametrize("first", POLICIES)
+def test_a_policy_ends_what_another_has_begun(first, last):
+    """At a moment when a prompt is half filled and another request decodes."""
+    house = House(
+        [
+            (0.0, SetPolicy(call_id=1, policy=first)),
+            (0.0, ask("a", max_new_tokens=60)),
+            (8.0, ask("b", tokens=70)),
+            (8.0, ask("c", tokens=60)),
+            (9.5, SetPolicy(call_id=2, policy=last)),
+            (300.0, Shutdown()),
+        ],
+        cost=one_second_a_launch,
+        make_policy=make_policy,
+    ).run()
+    assert house.ends() == {"a": "length", "b": "length", "c": "length"}
+
+
+def test_a_policy_that_does_not_exist_leaves_the_one_there_is():
+    house = House(
+        [
+            (0.0, SetPolicy(call_id=1, policy="turns")),
+            (1.0, SetPolicy(call_id=2, policy="best")),
+            (2.0, GetState(call_id=3)),
+            (3.0, Shutdown()),
+        ],
+        make_policy=make_policy,
+    ).run()
+    replies = [reply for _, reply in house.tokenizer.sent]
+    assert [reply.ok for reply in replies] == [True, False, True]
+    assert "'best'" in replies[1].message
+    assert replies[2].data["pd_multiplex"]["policy"] == "turns"
+
+
+def test_the_timeline_is_told_page_by_page_while_work_is_in_flight():
+    house = House(
+        [
+            (0.0, ask("a", tokens=30, max_new_tokens=20)),
+            (8.5, GetTimeline(call_id=1, seconds=5.0)),
+            (8.6, GetTimeline(call_id=2, seconds=5.0, next_run=0, next_sample=0)),
+            (60.0, Shutdown()),
+        ],
+        cost=one_second_a_launch,
+    ).run()
+    last_seconds, from_the_start = [reply.data["page"] for _, reply in house.tokenizer.sent]
+    assert [run.span.end_s for run in last_seconds.runs] == [4.0, 5.0, 6.0, 7.0, 8.0]
+    assert len(from_the_start.runs) == 8
+    assert from_the_start.runs[-1].decode.requests == 1
+    assert last_seconds.samples[-1].running == 1
+    assert house.tokenizer.sent[0][1].data["total_sms"] == 4
+
+
+@dataclass(frozen=True, slots=True)
+class Patient(SplitByBatchSize):
+    """Admits nobody before `ready_s`, and says so."""
+
+    ready_s: float = 0.0
+
+    def admit(self, view, now_s) -> Admission | None:
+        return SplitByBatchSize.admit(self, view, now_s) if now_s >= self.ready_s else None
+
+    def dispatch(self, view, now_s) -> Plan:
+        plan = SplitByBatchSize.dispatch(self, view, now_s)
+        return replace(plan, look_again_s=self.ready_s) if now_s < self.ready_s else plan
+
+
+def test_the_loop_wakes_when_the_dispatcher_wants_to_look_again():
+    ready_s = 1.0723
+    house = House(
+        [(1.0, ask("a")), (2.0, Shutdown())],
+        dispatcher=Patient(TABLE, (1, 3), ready_s=ready_s),
+    ).run()
+    [first_s, *_] = [time_s for time_s, sent in house.detokenizer.sent]
+    assert ready_s < first_s < ready_s + 2e-3

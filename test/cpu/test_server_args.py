@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import sglang
+from drift_scheduler.slo import Slo
 from sglang.launch_server import main
 from sglang.srt.errors import ConfigError
 from sglang.srt.flags import json_object, token_count
-from sglang.srt.multiplex_policy import ChunkedSteps
+from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import FLAGS, ServerArgs, make_parser, resolve_device
+from sglang.srt.service_levels import ServiceLevel
 from sglang.srt.upstream_flags import UNSUPPORTED_FLAGS
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +46,7 @@ def test_defaults_are_those_of_sglang():
     assert (args.max_prefill_tokens, args.schedule_policy) == (16384, "fcfs")
     assert (args.watchdog_timeout, args.decode_log_interval) == (300.0, 40)
     assert (args.page_size, args.device, args.enable_pdmux) == (1, "auto", False)
-    assert args.policy() is None
+    assert args.policy() == MultiplexPolicy("turns")
 
 
 def test_names_fall_back_to_the_model():
@@ -71,6 +73,10 @@ def test_names_fall_back_to_the_model():
         (["--mem-fraction-static", "0.8"], "mem_fraction_static", 0.8),
         (["--disable-overlap-schedule"], "disable_overlap_schedule", True),
         (["--enable-mixed-chunk"], "enable_mixed_chunk", True),
+        (["--slo-tbt-ms", "12.5"], "slo_tbt_ms", 12.5),
+        (["--slo-overload", "shed"], "slo_overload", "shed"),
+        (["--enable-metrics"], "enable_metrics", True),
+        (["--enable-pdmux", "--drift-profile", "p.json"], "drift_profile", "p.json"),
     ],
 )
 def test_values_reach_their_field(argv, field, value):
@@ -101,6 +107,8 @@ def test_upstream_start_command_of_pdmux_is_accepted():
         (["--watchdog-timeout", "x"], r"^--watchdog-timeout: expected a number"),
         (["--max-total-tokens", "1.5"], r"^--max-total-tokens: expected a whole count"),
         (["--dtype", "int3"], r"^--dtype: expected one of auto, half"),
+        (["--slo-ttft-ms", "soon"], r"^--slo-ttft-ms: expected a number, got 'soon'$"),
+        (["--slo-overload", "drop"], r"^--slo-overload: expected one of queue, shed"),
         (["--attention-backend", "fa3"], r"^--attention-backend: expected one of auto, flashinfer"),
         (["--json-model-override-args", "[]"], r"expected a JSON object"),
         (["--json-model-override-args", "{"], r"expected a JSON object"),
@@ -145,6 +153,15 @@ def test_what_cannot_be_parsed_is_named(argv, message):
         ),
         (["--device", "cpu", "--attention-backend", "triton"], "--attention-backend triton needs"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "--chat-template has no effect"),
+        (["--slo-ttft-ms", "0"], "--slo-ttft-ms must be a number of milliseconds greater than 0"),
+        (["--slo-ttft-ms-per-token", "-1"], "--slo-ttft-ms-per-token must be a number"),
+        (["--slo-tbt-ms", "nan"], "--slo-tbt-ms must be a number"),
+        (["--slo-tbt-ms", "inf"], "--slo-tbt-ms must be within 1e-06 and 1e.12 milliseconds"),
+        (["--drift-profile", "p.json"], "--drift-profile has no effect without --enable-pdmux"),
+        (
+            ["--enable-pdmux", "--drift-profile-save"],
+            "--drift-profile-save has no effect without --drift-profile",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_named(argv, flag):
@@ -207,12 +224,50 @@ def test_config_file_sets_what_the_command_line_leaves_open(yaml_file):
         ("port: 1\n--port: 2", "settings.yaml: unknown flag"),
         ("tp-size: 1\ntensor_parallel_size: 1", "tensor_parallel_size: given twice"),
         ("- port", "settings.yaml: expected a mapping"),
+        ("slo_classes: 5", "settings.yaml: slo_classes: expected a mapping of class names"),
+        ("slo_classes: {1: {tbt_ms: 5}}", "slo_classes: 1: the name of a class must be text"),
+        ("slo_classes: {default: {tbt_ms: 5}}", "slo_classes: default: this name is taken"),
+        ("slo_classes: {chat: 5}", "slo_classes: chat: expected a mapping of limits, got 5"),
+        ("slo_classes: {chat: {tbt: 5}}", "settings.yaml: slo_classes: chat: tbt is not a known"),
+        ("slo_classes: {chat: {tbt_ms: 0}}", "slo_classes: chat: tbt_ms must be a number"),
+        ("slo_classes: {chat: {tbt_ms: true}}", "slo_classes: chat: tbt_ms must be a number"),
+        ("slo_classes: {chat: {tbt_ms: fast}}", "slo_classes: chat: tbt_ms must be a number"),
+        ("slo_classes: {}\nslo-classes: {}", "slo-classes: given twice, see --slo-classes"),
         ("a: [", "settings.yaml is not valid YAML"),
     ],
 )
 def test_config_file_errors_name_file_and_key(yaml_file, content, message):
     with pytest.raises(ConfigError, match=message):
         parse("--config", yaml_file(content))
+
+
+def test_service_classes_of_the_config_file(yaml_file):
+    path = yaml_file(
+        "slo_tbt_ms: 50\nslo_classes: {chat: {ttft_ms: 400, tbt_ms: null}, batch: {tbt_ms: 1000}}"
+    )
+    args = parse("--config", path, "--slo-ttft-ms", "800")
+    assert args.slo_classes == {"chat": {"ttft_ms": 400.0}, "batch": {"tbt_ms": 1000.0}}
+    assert args.default_slo() == Slo(ttft_s=0.8, tbt_s=0.05)
+    levels = args.service_levels()
+    assert levels.resolve("chat") == ServiceLevel(Slo(ttft_s=0.4, tbt_s=0.05), "chat")
+    assert levels.resolve("batch") == ServiceLevel(Slo(ttft_s=0.8, tbt_s=1.0), "batch")
+    assert parse("--config", yaml_file("slo_classes: null")).slo_classes == {}
+
+
+def test_service_classes_made_in_python_are_checked_too():
+    with pytest.raises(ConfigError, match=r"^slo_classes: chat: tbt_ms must be a number"):
+        ServerArgs(model_path="m", slo_classes={"chat": {"tbt_ms": -1.0}}).check()
+
+
+def test_without_flags_nothing_is_asked_of_time():
+    assert parse().default_slo() == Slo()
+
+
+def test_a_limit_for_each_token_holds_without_one_for_the_prompt():
+    slo = parse("--slo-ttft-ms-per-token", "2").default_slo()
+    assert [slo.ttft_limit_s(tokens) for tokens in (1, 1000)] == [0.002, 2.0]
+    both = parse("--slo-ttft-ms-per-token", "2", "--slo-ttft-ms", "500").default_slo()
+    assert [both.ttft_limit_s(tokens) for tokens in (1, 1000)] == [0.5, 2.0]
 
 
 def test_empty_config_file_changes_nothing(yaml_file):
@@ -317,7 +372,7 @@ def test_absent_devices_are_named(monkeypatch, argv, gpus, message):
 
 
 def test_pdmux_defaults_without_a_file():
-    assert parse("--enable-pdmux").policy() == PdmuxConfig(
+    assert parse("--enable-pdmux").policy().pdmux == PdmuxConfig(
         sm_group_num=8, manual_divisions=(), split_forward_token_budget=65536, decode_bs_divisor=36
     )
 
@@ -328,15 +383,15 @@ CHUNKED = ("--enable-pdmux", "--pd-multiplex-policy", "chunked:512")
 @pytest.mark.parametrize(
     ("argv", "policy"),
     [
-        ((), None),
-        (("--enable-pdmux", "--pd-multiplex-policy", "table"), PdmuxConfig()),
-        (CHUNKED, ChunkedSteps(512)),
-        (("--enable-pdmux", "--pd-multiplex-policy=chunked:2K"), ChunkedSteps(2048)),
-        ((*CHUNKED, "--chunked-prefill-size", "512"), ChunkedSteps(512)),
-        ((*CHUNKED, "--enable-mixed-chunk"), ChunkedSteps(512)),
-        (("--enable-mixed-chunk",), ChunkedSteps()),
-        (("--enable-mixed-chunk", "--chunked-prefill-size", "512"), ChunkedSteps()),
-        (("--enable-mixed-chunk", "--enable-pdmux"), ChunkedSteps()),
+        ((), MultiplexPolicy("turns")),
+        (("--enable-mixed-chunk",), MultiplexPolicy("chunked")),
+        (("--enable-pdmux",), MultiplexPolicy("adaptive", PdmuxConfig())),
+        (("--enable-mixed-chunk", "--enable-pdmux"), MultiplexPolicy("chunked", PdmuxConfig())),
+        ((*CHUNKED, "--enable-mixed-chunk"), MultiplexPolicy("chunked:512", PdmuxConfig())),
+        (
+            ("--enable-pdmux", "--pd-multiplex-policy=static:84/48", "--sm-group-num=4"),
+            MultiplexPolicy("static:84/48", PdmuxConfig(sm_group_num=4)),
+        ),
     ],
 )
 def test_policies(argv, policy):
@@ -344,43 +399,40 @@ def test_policies(argv, policy):
 
 
 @pytest.mark.parametrize(
-    "policy",
-    ["", "chunked", "chunked:", "chunked:0", "chunked:-1", "chunked:x", "split", "table:1"],
+    ("policy", "message"),
+    [
+        ("", "expected one of adaptive, .*, got ''"),
+        ("split", "expected one of adaptive, .*, got 'split'"),
+        ("chunked:", "expected chunked:N with N tokens a step, got 'chunked:'"),
+        ("chunked:0", "expected chunked:N"),
+        ("static:84", "expected static:P/D"),
+        ("table:1", "policy table takes nothing after its name"),
+    ],
 )
-def test_unknown_policies_are_named(policy):
-    with pytest.raises(
-        ConfigError, match=f"^--pd-multiplex-policy expected table or chunked:N .* got '{policy}'$"
-    ):
+def test_unknown_policies_are_named(policy, message):
+    with pytest.raises(ConfigError, match=f"^--pd-multiplex-policy {message}"):
         parse("--enable-pdmux", "--pd-multiplex-policy", policy)
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--chunked-prefill-size", "-1"], "--chunked-prefill-size -1 contradicts --pd-mul"),
-        (["--chunked-prefill-size", "64"], "--chunked-prefill-size 64 contradicts --pd-mul"),
-        (["--max-prefill-tokens", "511"], "--max-prefill-tokens 511 is less than the 512 tokens"),
-        (["--sm-group-num", "8"], "--sm-group-num has no effect where prompts ride"),
-        (["--pdmux-config-path", "x"], "--pdmux-config-path has no effect where prompts ride"),
-    ],
-)
-def test_what_contradicts_chunked_steps_is_named(argv, message):
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        parse(*CHUNKED, *argv)
+def test_a_step_is_not_larger_than_a_prefill_batch():
+    with pytest.raises(ConfigError, match=r"^--max-prefill-tokens 511 is less than the 512 tokens"):
+        parse(*CHUNKED, "--max-prefill-tokens", "511")
 
 
-def test_mixed_chunks_contradict_a_table():
+def test_mixed_chunks_contradict_other_policies():
     with pytest.raises(ConfigError, match=r"^--enable-mixed-chunk contradicts --pd-.* table"):
         parse("--enable-mixed-chunk", "--enable-pdmux", "--pd-multiplex-policy", "table")
-    with pytest.raises(ConfigError, match="--sm-group-num has no effect where prompts ride"):
-        parse("--enable-mixed-chunk", "--enable-pdmux", "--sm-group-num", "4")
+    with pytest.raises(ConfigError, match=r"^--enable-mixed-chunk cuts prompts"):
+        parse("--enable-mixed-chunk", "--chunked-prefill-size", "-1")
 
 
 def test_pdmux_file(yaml_file):
     path = yaml_file(
         "sm_group_num: 4\nmanual_divisions: [[112, 20, 1], [80, 52, 16]]\ndecode_bs_divisor: 10\n"
     )
-    config = parse("--enable-pdmux", "--pdmux-config-path", path, "--sm-group-num", "4").policy()
+    config = (
+        parse("--enable-pdmux", "--pdmux-config-path", path, "--sm-group-num", "4").policy().pdmux
+    )
     assert config.manual_divisions == (Division(112, 20, 1), Division(80, 52, 16))
     assert config.manual_divisions[1].min_decode_reqs == 16
     assert (config.sm_group_num, config.decode_bs_divisor) == (4, 10)

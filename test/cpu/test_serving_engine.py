@@ -5,26 +5,26 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from drift_scheduler.dispatcher import (
-    Chunked,
-    Dispatcher,
-    LoadView,
-    Plan,
-    SplitByBatchSize,
-    TakeTurns,
-)
-from drift_scheduler.gang import Gang
+from drift_scheduler.dispatcher import Admission, Dispatcher, Plan
+from drift_scheduler.gang import DecodeLoad, Gang
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
+from drift_scheduler.policies.by_batch_size import SplitByBatchSize
+from drift_scheduler.policies.chunked import Chunked
+from drift_scheduler.policies.take_turns import TakeTurns
+from drift_scheduler.shapes import DecodeShape, PrefillShape
+from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import Timeline
+from drift_scheduler.view import LoadView
 from sglang.srt.managers.admission import EngineLimits
+from sglang.srt.managers.jobs import Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.radix_cache import RadixCache
@@ -41,6 +41,7 @@ from sglang.srt.sampling_params import SamplingParams
 VOCAB_SIZE = 19
 EOS = 7
 TURN_LIMIT = 20_000
+NO_SLO = Slo()
 TABLE = PartitionTable(4, (Partition(1, 3, 1), Partition(2, 2, 2), Partition(3, 1, 3)))
 
 
@@ -81,8 +82,8 @@ class AnyMode:
         self._random = random.Random(seed)
         self._decode_depth = decode_depth
 
-    def admits(self, view: LoadView, now_s: float) -> bool:
-        return self._random.random() < 0.5
+    def admit(self, view: LoadView, now_s: float) -> Admission | None:
+        return Admission() if view.prefill is None and self._random.random() < 0.5 else None
 
     def dispatch(self, view: LoadView, now_s: float) -> Plan:
         plans = self._plans(view)
@@ -106,6 +107,41 @@ class AnyMode:
         return plans
 
 
+class AnyOrder(AnyMode):
+    """Beside that: orders with names left out and others that nobody has, small batches, batches
+    that pre-empt, and prompts refused. With nothing at work it names every prompt."""
+
+    def admit(self, view: LoadView, now_s: float) -> Admission | None:
+        if self._random.random() < 0.3:
+            return None
+        shed = ()
+        if self._random.random() < 0.05:
+            shed = tuple(self._some_keys(view)[:1])
+        return Admission(
+            order=self._random.choice([self._order(view), None]),
+            tokens=self._random.choice([None, 1, 5, 20, 100]),
+            preempts=view.prefill is not None,
+            shed=shed,
+        )
+
+    def dispatch(self, view: LoadView, now_s: float) -> Plan:
+        plan = super().dispatch(view, now_s)
+        order = self._random.choice([self._order(view), None])
+        return replace(plan, fused_order=order) if plan.fused_tokens else plan
+
+    def _order(self, view: LoadView) -> tuple[str, ...]:
+        keys = self._some_keys(view)
+        if view.prefill or view.running:
+            keys = keys[: self._random.randint(0, len(keys))]
+        keys.insert(self._random.randint(0, len(keys)), "unknown")
+        return tuple(keys)
+
+    def _some_keys(self, view: LoadView) -> list[str]:
+        keys = [prompt.key for prompt in view.backlog.oldest(len(view.backlog))]
+        self._random.shuffle(keys)
+        return keys
+
+
 def dispatcher_of(setup: Setup) -> Dispatcher:
     depth = setup.decode_depth
     match setup.mode:
@@ -117,6 +153,8 @@ def dispatcher_of(setup: Setup) -> Dispatcher:
             return Chunked(TABLE, setup.step_tokens, decode_depth=depth)
         case "any":
             return AnyMode(setup.step_tokens, depth)
+        case "order":
+            return AnyOrder(setup.step_tokens, depth)
     raise ValueError(setup.mode)
 
 
@@ -146,8 +184,11 @@ class Server:
             choose=choose_by_hash(VOCAB_SIZE),
         )
         self.outbox = Outbox(setup.stream_interval)
+        self.clock = VirtualClock()
         # Of each launch as it begins: (new, cached) tokens of its prompts, and who decodes.
         self.begun: list[tuple[str, list]] = []
+        self.started: list[str] = []  # in the order of their first launch
+        self.finished: list[Request] = []
         self.engine = ServingEngine(
             self.runner,
             self.cache,
@@ -164,21 +205,27 @@ class Server:
             eos_token_ids=frozenset({EOS}),
             outbox=self.outbox,
             random_seed=1,
-            on_prefill=lambda fills: self.begun.append(
-                ("prefill", [(fill.tokens, fill.cached_tokens) for fill in fills])
-            ),
+            on_prefill=self._begun,
             on_decode=lambda members: self.begun.append(
                 ("decode", [request.rid for request in members])
             ),
+            on_finish=self.finished.append,
+            clock=self.clock,
         )
-        self.clock = VirtualClock()
         self.lanes = VirtualLanes(TABLE, self.clock)
         self.timeline = Timeline()
         self.gang = Gang(self.engine, self.lanes, dispatcher_of(setup), self.timeline, self.clock)
         self.answers: dict[str, Answer] = {}
         self._arrivals = 0
 
-    def ask(self, rid: str, prompt: Sequence[int], namespace: str = "", **sampling) -> None:
+    def ask(
+        self,
+        rid: str,
+        prompt: Sequence[int],
+        namespace: str = "",
+        slo: Slo = NO_SLO,
+        **sampling,
+    ) -> None:
         self._arrivals += 1
         self.engine.add(
             GenerateRequest(
@@ -187,8 +234,14 @@ class Server:
                 sampling=SamplingParams(**{"temperature": 0.0, **sampling}),
                 arrival_s=self.clock.now_s + self._arrivals * 1e-9,
                 namespace=namespace,
+                slo=slo,
             )
         )
+
+    def _begun(self, fills: Sequence[Fill]) -> None:
+        self.begun.append(("prefill", [(fill.tokens, fill.cached_tokens) for fill in fills]))
+        new = [fill.request.rid for fill in fills if fill.request.rid not in self.started]
+        self.started += new
 
     def turn(self) -> bool:
         progressed = self.gang.turn()
@@ -279,6 +332,7 @@ class Wish:
     prompt: tuple[int, ...]
     namespace: str
     sampling: SamplingParams
+    slo: Slo
     abort_after_us: int | None
     stop_after_us: int | None
 
@@ -306,6 +360,7 @@ def wishes(draw: st.DrawFn) -> Wish:
             ignore_eos=draw(st.booleans()),
             stop_token_ids=draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2)),
         ),
+        slo=draw(st.sampled_from([Slo(), Slo(ttft_s=2e-4), Slo(1e-4, 2e-5, 3e-5)])),
         abort_after_us=draw(st.integers(0, 900)) if leaves else None,
         stop_after_us=draw(st.integers(0, 900)) if matches else None,
     )
@@ -321,7 +376,7 @@ def setups(draw: st.DrawFn) -> Setup:
         max_running=draw(st.integers(1, 6)),
         prefill_tokens=draw(st.sampled_from([16, 32, 64])),
         chunked=draw(st.booleans()),
-        mode=draw(st.sampled_from(["split", "turns", "chunked", "chunked", "any", "any"])),
+        mode=draw(st.sampled_from(["split", "turns", "chunked", "any", "order", "order"])),
         step_tokens=draw(st.integers(1, 40)),
         cache=draw(st.integers(0, 3)) > 0,
         policy=draw(st.sampled_from(["fcfs", "lpm"])),
@@ -359,6 +414,7 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
                     sampling=wish.sampling,
                     arrival_s=server.clock.now_s,
                     namespace=wish.namespace,
+                    slo=wish.slo,
                 )
             )
         elif kind == 1:
@@ -368,6 +424,10 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
         server.engine.check()
     server.finish()
 
+    assert sorted(request.rid for request in server.finished) == sorted(server.answers)
+    if setup.mode != "order" and setup.policy == "fcfs":  # then nobody is overtaken
+        arrivals = {f"r{i:02d}": (wish.arrival_us, i) for i, wish in enumerate(traffic)}
+        assert server.started == sorted(server.started, key=arrivals.__getitem__)
     for batch in server.runner.launched:
         prompts = len(batch.rows) - batch.decode_reqs
         tokens = int(batch.new_lens[batch.decode_reqs :].sum())
@@ -375,7 +435,7 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
         if setup.mode == "chunked":
             assert batch.decode_reqs + tokens <= setup.step_tokens or not tokens
         else:
-            fused = setup.mode == "any" and tokens <= 30
+            fused = setup.mode in ("any", "order") and tokens <= 30
             whole_prompt = not setup.chunked and prompts == 1
             assert tokens <= setup.prefill_tokens or whole_prompt or fused
     if setup.mode == "chunked":
@@ -397,7 +457,11 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
             assert answer.ids == ids
         else:
             assert answer.ids == ids[: len(answer.ids)]
-            if answer.finish.type == "abort":
+            if answer.finish.status_code == 503:
+                assert setup.mode == "order"
+                assert "--slo-overload" in answer.finish.message
+                assert not answer.ids
+            elif answer.finish.type == "abort":
                 assert wish.abort_after_us is not None
                 assert answer.finish.status_code == 499
             else:
@@ -544,7 +608,7 @@ def test_an_abort_between_two_chunks_keeps_what_is_computed():
     server = Server(Setup(prefill_tokens=16))
     prompt = prompt_of(40)
     server.ask("gone", prompt, max_new_tokens=5)
-    batch = server.engine.begin_prefill()
+    batch = server.engine.begin_prefill(Admission())
     batch.slice_work(server.lanes.lane(Phase.PREFILL, TABLE.whole), 0, 4)
     server.engine.finish_prefill(batch)
     assert server.engine.waiting == 1
@@ -766,7 +830,7 @@ def test_a_prompt_may_change_between_steps_and_prefill_batches_at_every_chunk(ch
     server.ask("r", prompt, max_new_tokens=5, ignore_eos=True)
     step = server.engine.begin_decode(0, 3)
     step.step_work(lane)
-    batch = server.engine.begin_prefill()
+    batch = server.engine.begin_prefill(Admission())
     batch.slice_work(lane, 0, 4)
     server.engine.finish_decode(step)
     server.engine.finish_prefill(batch)
@@ -789,7 +853,7 @@ def test_an_abort_between_two_parts_in_flight_keeps_what_is_computed():
     server.ask("gone", prompt_of(40), max_new_tokens=5)
     step = server.engine.begin_decode(0, 10)
     step.step_work(lane)
-    batch = server.engine.begin_prefill()
+    batch = server.engine.begin_prefill(Admission())
     server.engine.abort("gone")
     assert batch.cancelled
     server.engine.finish_prefill(batch)
@@ -885,3 +949,399 @@ def test_check_sees_a_lost_slot_and_a_lost_row():
     server.engine._rows.alloc()
     with pytest.raises(AssertionError, match="2 rows taken, 1 in use"):
         server.engine.check()
+
+
+# What a dispatcher sees and says: due times, orders, batches in front of others.
+
+
+def begin(server: Server, *order: str, **admission) -> PrefillBatch | None:
+    """A prefill batch of these prompts, in this order; of the queue's choice without any."""
+    return server.engine.begin_prefill(Admission(order or None, **admission))
+
+
+def compute(server: Server, batch: PrefillBatch) -> None:
+    batch.slice_work(server.lanes.lane(Phase.PREFILL, TABLE.whole), 0, 4)
+    server.engine.finish_prefill(batch)
+    server.engine.check()
+
+
+def parts(batch: PrefillBatch) -> list[tuple[str, int]]:
+    """Of each prompt of the batch, its name and its tokens."""
+    return [(fill.request.rid, fill.tokens) for fill in batch.fills]
+
+
+def waiting(server: Server) -> dict[str, tuple[int, int]]:
+    """(new, cached) tokens of the prompts in the backlog."""
+    oldest = server.engine.backlog.oldest(99)
+    return {prompt.key: (prompt.new, prompt.cached) for prompt in oldest}
+
+
+def test_prompts_go_in_the_order_given_and_others_stay():
+    server = Server(Setup(prefill_tokens=64))
+    for i, rid in enumerate("abcd"):
+        server.ask(rid, prompt_of(5 + i, start=i), max_new_tokens=2)
+    batch = begin(server, "c", "gone", "a")
+    assert parts(batch) == [("c", 7), ("a", 5)]
+    assert waiting(server) == {"b": (6, 0), "d": (8, 0)}
+    compute(server, batch)
+    assert parts(begin(server)) == [("b", 6), ("d", 8)]
+    assert waiting(server) == {}
+
+
+def test_a_batch_has_no_more_tokens_than_it_may():
+    server = Server(Setup(prefill_tokens=16))
+    for i, rid in enumerate("abc"):
+        server.ask(rid, prompt_of(6, start=i), max_new_tokens=2)
+    batch = begin(server, "b", "a", "c", tokens=8)
+    assert parts(batch) == [("b", 6), ("a", 2)]
+    [half_filled] = [p for p in server.engine.backlog.oldest(9) if p.begun]
+    assert (half_filled.key, half_filled.new, half_filled.cached) == ("a", 4, 2)
+    compute(server, batch)
+    assert parts(begin(server, "c", "a", tokens=1000)) == [("c", 6), ("a", 4)]
+
+
+def test_only_whole_prompts_go_in_front_of_the_half_filled_one():
+    server = Server(Setup(prefill_tokens=16))
+    server.ask("half", prompt_of(40), max_new_tokens=2)
+    compute(server, begin(server))
+    server.ask("long", prompt_of(20, start=1), max_new_tokens=2)
+    server.ask("short", prompt_of(6, start=2), max_new_tokens=2)
+    batch = begin(server, "long", "short", "half")
+    assert parts(batch) == [("short", 6), ("half", 10)]
+    compute(server, batch)
+    # Once the half-filled one is complete, the next may be cut.
+    batch = begin(server, "half", "long", tokens=16)
+    assert parts(batch) == [("half", 14), ("long", 2)]
+
+
+@pytest.mark.parametrize(("new_tokens", "fits"), [(11, True), (12, False)])
+def test_the_rest_of_the_half_filled_prompt_keeps_its_room(new_tokens, fits):
+    server = Server(Setup(pool_pages=52, conservativeness=0.0, cache=False))
+    server.ask("half", prompt_of(41), max_new_tokens=1)
+    compute(server, begin(server))
+    server.ask("other", prompt_of(new_tokens, start=1), max_new_tokens=1)
+    batch = begin(server, "other", "half")
+    assert parts(batch)[0] == (("other", 11) if fits else ("half", 16))
+    compute(server, batch)
+    server.finish()
+
+
+def test_a_half_filled_prompt_that_is_not_named_stays():
+    server = Server(Setup(prefill_tokens=16))
+    server.ask("half", prompt_of(40), max_new_tokens=2)
+    compute(server, begin(server))
+    assert begin(server, "nobody") is None
+    assert waiting(server) == {"half": (24, 16)}
+    assert server.engine.waiting == 1  # another order may do
+    server.finish()
+
+
+def test_an_order_that_found_no_room_is_only_tried_again_when_something_has_changed():
+    server = Server(Setup(pool_pages=40))
+    server.ask("runs", prompt_of(5), max_new_tokens=20, ignore_eos=True)
+    server.settle(until_s=2e-4)
+    server.ask("large", prompt_of(30, start=1), max_new_tokens=1)
+    assert begin(server, "large") is None
+    looked_up = server.cache.radix.stats.looked_up_tokens
+    assert begin(server, "large") is None
+    assert server.cache.radix.stats.looked_up_tokens == looked_up
+    server.finish()
+    assert server.answers["large"].finish.type == "length"
+
+
+def test_a_large_prompt_is_passed_over_four_times_and_then_blocks():
+    server = Server(Setup(pool_pages=64, max_running=16, conservativeness=0.0, cache=False))
+    server.ask("runs", prompt_of(20), max_new_tokens=30, ignore_eos=True)
+    compute(server, begin(server))
+    if server.engine.waiting:
+        compute(server, begin(server))
+    server.ask("large", prompt_of(50, start=1), max_new_tokens=1)
+    for i in range(6):
+        server.ask(f"small{i}", prompt_of(2, start=i), max_new_tokens=1)
+    overtaking = []
+    for i in range(6):
+        batch = begin(server, "large", f"small{i}")
+        if batch is None:
+            break
+        overtaking += parts(batch)
+        compute(server, batch)
+    assert overtaking == [(f"small{i}", 2) for i in range(4)]
+    server.finish()
+    assert all(answer.finish.type != "abort" for answer in server.answers.values())
+
+
+@pytest.mark.parametrize(("large", "fits"), [(7, True), (8, False)])
+def test_only_so_many_prompts_that_do_not_fit_are_looked_at(large, fits):
+    server = Server(Setup(pool_pages=64, max_running=16, conservativeness=0.0, cache=False))
+    server.ask("runs", prompt_of(16), max_new_tokens=30, ignore_eos=True)
+    compute(server, begin(server))
+    names = [f"large{i}" for i in range(large)]
+    for i, rid in enumerate(names):
+        server.ask(rid, prompt_of(50, start=i), max_new_tokens=1)
+    server.ask("small", prompt_of(2), max_new_tokens=1)
+    batch = begin(server, *names, "small")
+    assert (batch is not None) == fits
+
+
+def test_a_batch_in_front_of_another_has_whole_prompts_and_leaves_the_half_filled_one():
+    server = Server(Setup(prefill_tokens=16))
+    server.ask("half", prompt_of(40), max_new_tokens=3, ignore_eos=True)
+    parked = begin(server)
+    lane = server.lanes.lane(Phase.PREFILL, TABLE.whole)
+    parked.slice_work(lane, 0, 2)
+    server.ask("long", prompt_of(17, start=1), max_new_tokens=2)
+    server.ask("short", prompt_of(6, start=2), max_new_tokens=3, ignore_eos=True)
+    server.ask("next", prompt_of(12, start=3), max_new_tokens=2)
+    batch = begin(server, "half", "long", "short", "next", preempts=True)
+    assert parts(batch) == [("short", 6)]
+    assert waiting(server) == {"half": (24, 16), "long": (17, 0), "next": (12, 0)}
+    compute(server, batch)
+    assert server.engine.running == 1
+    parked.slice_work(lane, 2, 4)
+    server.engine.finish_prefill(parked)
+    server.finish()
+    for rid, prompt in [("half", prompt_of(40)), ("short", prompt_of(6, start=2))]:
+        assert server.answers[rid].ids == answer_of(prompt, max_new_tokens=3, ignore_eos=True)
+
+
+def test_a_parked_batch_may_be_aborted():
+    server = Server(Setup())
+    server.ask("gone", prompt_of(10), max_new_tokens=3)
+    parked = begin(server)
+    server.ask("r", prompt_of(6, start=2), max_new_tokens=3, ignore_eos=True)
+    batch = begin(server, "r", preempts=True)
+    server.engine.abort("gone")
+    assert parked.cancelled and not batch.cancelled
+    server.engine.check()
+    compute(server, batch)
+    server.engine.finish_prefill(parked)
+    server.finish()
+    assert server.answers["gone"].finish.status_code == 499
+    assert len(server.answers["r"].ids) == 3
+
+
+def test_a_fused_step_takes_prompts_in_the_order_given():
+    server = Server(Setup())
+    for i, rid in enumerate("abc"):
+        server.ask(rid, prompt_of(6, start=i), max_new_tokens=1)
+    step = server.engine.begin_decode(0, 8, ("c", "a"))
+    assert parts(step) == [("c", 6), ("a", 2)]
+    assert step.fused == PrefillShape.of([(6, 0), (2, 0)])
+    assert step.shape == DecodeShape(0, 0)
+
+
+def test_a_batch_says_what_it_is_and_when_its_first_prompt_is_due():
+    server = Server(Setup(prefill_tokens=16))
+    server.answer("warm", prompt_of(8), max_new_tokens=1)
+    arrival_s = server.clock.now_s
+    server.ask("b", prompt_of(9), slo=Slo(ttft_s=2.0), max_new_tokens=1)
+    server.ask("a", prompt_of(4, start=1), slo=Slo(ttft_s=1.0), max_new_tokens=1)
+    server.ask("c", prompt_of(40, start=2), slo=Slo(ttft_s=0.1), max_new_tokens=1)
+    batch = begin(server)
+    assert batch.shape == PrefillShape.of([(1, 8), (4, 0), (11, 0)])
+    assert batch.due_s == pytest.approx(arrival_s + 1.0)  # c does not get its token here
+    server.engine.abort("a")
+    assert batch.due_s == pytest.approx(arrival_s + 2.0)
+    compute(server, batch)
+    assert begin(server).due_s == math.inf  # 16 of 29 tokens more of c
+
+
+def test_the_first_token_is_due_by_the_tokens_that_are_not_cached():
+    server = Server(Setup())
+    server.answer("warm", prompt_of(20), max_new_tokens=1)
+    tree = [node.last_access for node in server.cache.radix._nodes()]
+    now_s = server.clock.now_s
+    slo = Slo(ttft_s=0.5, ttft_per_token_s=0.1)
+    server.ask("known", [*prompt_of(20), 1, 1], slo=slo, max_new_tokens=1)
+    server.ask("new", prompt_of(22, start=1), slo=slo, max_new_tokens=1)
+    server.ask("any", prompt_of(4, start=2), max_new_tokens=1)
+    due = {prompt.key: prompt.due_s - now_s for prompt in server.engine.backlog.oldest(9)}
+    assert due == pytest.approx({"known": 0.5, "new": 2.2, "any": math.inf})
+    assert [p.key for p in server.engine.backlog.first_due(-math.inf, 2)] == ["known", "new"]
+    assert waiting(server)["known"] == (2, 20)
+    # To ask is not to use: what would be evicted first is what it was.
+    assert [node.last_access for node in server.cache.radix._nodes()] == tree
+
+
+def test_a_retracted_request_is_due_with_its_next_token():
+    server = Server(Setup(pool_pages=48, conservativeness=0.0))
+    slo = Slo(ttft_s=9.0, tbt_s=0.25)
+    for i in range(3):
+        prompt = prompt_of(10, start=i)
+        server.ask(f"r{i}", prompt, slo=slo, max_new_tokens=25, ignore_eos=True)
+    while not server.engine.retractions:
+        if not server.turn():
+            server.clock.advance_to(server.lanes.next_completion_s())
+    [prompt] = server.engine.backlog.oldest(9)
+    request = server.engine._by_rid[prompt.key]
+    assert request.output
+    assert prompt.due_s == request.pace.last_s + 0.25
+    first_s = request.pace.first_s
+    server.finish()
+    assert request.pace.first_s == first_s
+    assert request.pace.tokens == 25
+
+
+def test_what_the_tree_has_learnt_shows_when_a_prefill_is_done():
+    server = Server(Setup(prefill_tokens=32))
+    prompt = prompt_of(20)
+    for i in range(20):
+        slo = Slo(ttft_s=1.0 + i)
+        server.ask(f"r{i:02d}", [*prompt, i % 5, i // 5], slo=slo, max_new_tokens=1)
+    compute(server, begin(server, "r19"))
+    cached = [cached for _, cached in waiting(server).values()]
+    assert sum(count >= 20 for count in cached) == 16
+    assert cached[16:] == [0] * 3  # those that are due last
+
+
+def test_a_prompt_waits_for_another_that_computes_most_of_it():
+    sizes = Setup(pool_pages=4096, context_length=2048, prefill_tokens=2048)
+    server = Server(sizes)
+    shared = prompt_of(600)
+    server.ask("first", [*shared, 1], max_new_tokens=1)
+    server.ask("waits", [*shared, 2], max_new_tokens=1)
+    server.ask("other namespace", [*shared, 2], namespace="b", max_new_tokens=1)
+    server.ask("shares too little", [*shared[:255], *prompt_of(9, start=4)], max_new_tokens=1)
+    server.ask("too small a share", [*shared[:300], *[5] * 1200], max_new_tokens=1)
+
+    def deferred() -> list[str]:
+        return [prompt.key for prompt in server.engine.backlog.oldest(99) if prompt.deferred]
+
+    assert deferred() == []
+    batch = begin(server, "first")
+    assert deferred() == ["waits"]
+    server.ask("comes later", [*shared, 3, 3], max_new_tokens=1)
+    assert deferred() == ["waits", "comes later"]
+    compute(server, batch)
+    assert deferred() == []
+    assert waiting(server)["waits"] == (1, 600)
+    # A half-filled prompt is being computed too, between its launches.
+    server.ask("half", prompt_of(2000, start=1), max_new_tokens=1)
+    server.ask("follows", [*prompt_of(1000, start=1), 7], max_new_tokens=1)
+    compute(server, begin(server, "half", tokens=100))
+    assert deferred() == ["follows"]
+    server.engine.abort("half")
+    assert deferred() == []
+    server.finish()
+
+
+def test_a_prompt_waits_for_one_that_rides_until_it_is_done():
+    server = Server(Setup(pool_pages=4096, context_length=2048))
+    lane = server.lanes.lane(Phase.DECODE, TABLE.whole)
+    shared = prompt_of(600)
+    for rid, last in [("rides", 1), ("waits", 2)]:
+        server.ask(rid, [*shared, last], max_new_tokens=1)
+    steps = []
+    for tokens in (500, 101):
+        steps.append(server.engine.begin_decode(len(steps), tokens, ("rides",)))
+        steps[-1].step_work(lane)
+        assert server.engine.backlog["waits"].deferred
+    server.engine.finish_decode(steps[0])
+    assert server.engine.backlog["waits"].deferred
+    server.engine.finish_decode(steps[1])
+    assert not server.engine.backlog["waits"].deferred
+    assert waiting(server) == {"waits": (1, 600)}
+
+
+def test_without_a_cache_nobody_waits_for_another():
+    sizes = Setup(pool_pages=4096, context_length=2048, prefill_tokens=2048, cache=False)
+    server = Server(sizes)
+    server.ask("first", prompt_of(600), max_new_tokens=1)
+    server.ask("second", prompt_of(600), max_new_tokens=1)
+    begin(server, "first")
+    assert not server.engine.backlog["second"].deferred
+
+
+def test_the_decode_load_is_that_of_the_next_step():
+    server = Server(Setup(prefill_tokens=64))
+    assert server.engine.decode_load() == DecodeLoad(DecodeShape(0, 0))
+    strict, lax = Slo(tbt_s=0.5), Slo(tbt_s=2.0)
+    server.ask("a", prompt_of(5), slo=lax, max_new_tokens=3, ignore_eos=True)
+    server.ask("b", prompt_of(7, start=1), slo=strict, max_new_tokens=2, ignore_eos=True)
+    batch = begin(server)
+    server.clock.advance_to(1.0)
+    compute(server, batch)
+    # The token that each of them has got is attended to by the next step, and computed in it. Their
+    # first tokens are kept back until that step starts: until then no next one is due.
+    assert server.engine.decode_load() == DecodeLoad(DecodeShape(2, 6 + 8), 0.5)
+    lane = server.lanes.lane(Phase.DECODE, TABLE.whole)
+    step = server.engine.begin_decode(0, 0)
+    step.step_work(lane)
+    assert (step.shape, step.fused) == (DecodeShape(2, 6 + 8), None)
+    assert server.engine.decode_load() == DecodeLoad(DecodeShape(1, 7), 2.0)  # b has asked for 2
+    server.ask("c", prompt_of(3, start=2), slo=strict, max_new_tokens=2, ignore_eos=True)
+    fused = server.engine.begin_decode(1, 8)
+    fused.step_work(lane)
+    assert (fused.shape, fused.fused) == (DecodeShape(1, 7), PrefillShape.of([(3, 0)]))
+    # c has joined, but nobody can say when its next token is due before it has its first.
+    assert server.engine.decode_load() == DecodeLoad(DecodeShape(1, 4), 0.5)
+    server.engine.finish_decode(step)
+    server.clock.advance_to(3.0)
+    server.engine.finish_decode(fused)
+    assert server.engine.decode_load() == DecodeLoad(DecodeShape(1, 4), 0.5, 3.5)
+    server.engine.abort("c")
+    assert server.engine.decode_load() == DecodeLoad(DecodeShape(0, 0))
+
+
+@pytest.mark.parametrize(("ttft_s", "sent_at_once"), [(9.0, False), (1.5, True), (0.5, False)])
+def test_a_first_token_is_sent_when_its_first_step_starts(ttft_s, sent_at_once):
+    """Unless it could be late; one that is late already is not in a hurry any more."""
+    server = Server(Setup(prefill_tokens=64))
+    slo = Slo(ttft_s=ttft_s, tbt_s=0.5)
+    server.ask("a", prompt_of(5), slo=NO_SLO, max_new_tokens=9, ignore_eos=True)
+    compute(server, begin(server))
+    running = [server.engine.begin_decode(i, 0) for i in range(2)]
+    server.ask("b", prompt_of(7, start=1), slo=slo, max_new_tokens=3, ignore_eos=True)
+    server.clock.advance_to(1.0)
+    compute(server, begin(server))
+    request = server.engine._by_rid["b"]
+
+    def sent():
+        return request.pace.tokens > 0
+
+    assert sent() == sent_at_once
+    lane = server.lanes.lane(Phase.DECODE, TABLE.whole)
+    for step in running:
+        step.step_work(lane)
+    joined = server.engine.begin_decode(2, 0)
+    assert joined.shape.requests == 2
+    server.engine.finish_decode(running[0])
+    assert sent() == sent_at_once
+    server.clock.advance_to(2.0)
+    server.engine.finish_decode(running[1])
+    assert request.pace.first_s == (1.0 if sent_at_once else 2.0)
+
+
+def test_refused_prompts_are_told_which_flag_refuses_them():
+    server = Server(Setup(pool_pages=48, conservativeness=0.0))
+    for i in range(3):
+        server.ask(f"r{i}", prompt_of(10, start=i), max_new_tokens=25, ignore_eos=True)
+    while not server.engine.retractions:
+        if not server.turn():
+            server.clock.advance_to(server.lanes.next_completion_s())
+    [retracted] = waiting(server)
+    server.ask("late", prompt_of(5, start=5), max_new_tokens=5)
+    server.engine.shed(["late", retracted, "nobody", "r0"])
+    server.finish()
+    late = server.answers.pop("late")
+    assert late.finish.status_code == 503
+    assert "--slo-overload" in late.finish.message
+    # Who has had a token is served to the end.
+    assert all(len(answer.ids) == 25 for answer in server.answers.values())
+
+
+def test_everyone_who_ends_is_reported_with_the_times_of_its_tokens():
+    server = Server(Setup(max_queued=2))
+    for rid in ("r", "aborted", "refused"):
+        server.ask(rid, prompt_of(5), slo=Slo(tbt_s=1.0), max_new_tokens=4, ignore_eos=True)
+    server.engine.abort("aborted")
+    server.finish()
+    ends = {request.rid: request.finish.status_code for request in server.finished}
+    assert ends == {"refused": 503, "aborted": 499, "r": None}
+    request = server.finished[-1]
+    decode_runs = server.timeline.runs(Phase.DECODE)
+    [prefill] = server.timeline.runs(Phase.PREFILL)
+    assert request.pace.tokens == 4
+    assert request.pace.first_s == pytest.approx(prefill.span.end_s)
+    assert request.pace.last_s == pytest.approx(decode_runs[2].span.end_s)
+    assert (request.uncached_at_arrival, request.slo) == (5, Slo(tbt_s=1.0))

@@ -135,3 +135,16 @@ def test_the_decode_line_comes_every_interval_with_its_throughput(clock, caplog)
     assert caplog.messages == [line, line]
     assert len(asked) == 2
     assert log.gen_throughput == pytest.approx(12.0)
+
+
+def test_the_decode_line_tells_of_service_levels_once_one_is_asked_for(clock, caplog):
+    caplog.set_level(logging.INFO)
+    log = SchedulerLog(1, clock)
+    nothing_ended = {"finished": 0, "met": 0, "attainment": None, "goodput_rps": 0.0}
+    some_ended = {"finished": 8, "met": 7, "attainment": 0.875, "goodput_rps": 0.5}
+    for window in (None, nothing_ended, some_ended):
+        log.decode(requests=6, load=lambda: LOAD, slo=lambda window=window: window)
+    silent, idle, telling = caplog.messages
+    assert silent.endswith("#queue-req: 7")
+    assert idle.endswith("#queue-req: 7")
+    assert telling.endswith("#queue-req: 7, SLO attainment: 0.875, goodput (req/s): 0.50")

@@ -30,6 +30,7 @@ SERVER_FLAGS = [
     "--context-length=4096",
     "--max-total-tokens=24K",
     "--enable-cache-report",
+    "--enable-metrics",
 ]
 
 

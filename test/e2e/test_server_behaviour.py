@@ -261,3 +261,20 @@ def test_a_burst_of_mixed_requests_completes_and_returns_its_memory(
             done.result(120)
     eventually(client.idle, IDLE_LIMIT_S)
     assert client.state()["cached_tokens"] > 0
+
+
+def test_service_levels_are_kept_account_of(client: Any, eventually: Callable[..., None]) -> None:
+    def counts(name: str) -> tuple[int, int, int]:
+        told = client.state()["slo"]["classes"].get(name, {})
+        return told.get("finished", 0), told.get("met_ttft", 0), told.get("met", 0)
+
+    finished, met_ttft, met = counts("custom")
+    sampling = {**GREEDY, "max_new_tokens": 4}
+    client.generate(STORY, sampling, slo={"ttft_ms": 600_000, "tbt_ms": 600_000})
+    client.generate(STORY, sampling, slo={"ttft_ms": 600_000, "tbt_ms": 0.001})
+    eventually(lambda: counts("custom")[0] == finished + 2, IDLE_LIMIT_S)
+    assert counts("custom") == (finished + 2, met_ttft + 2, met + 1)
+
+    scraped = client.http.get("/metrics").text
+    assert "sglang:slo_goodput{" in scraped
+    assert 'sglang:phase_busy_seconds_total{model_name="' in scraped

@@ -13,7 +13,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -234,9 +234,15 @@ def unknown_flag(name: str, flags: Sequence[Flag], foreign: Collection[str]) -> 
     return ConfigError(f"unknown flag: {name}" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
-def read_config_file(path: Path, flags: Sequence[Flag], foreign: Collection[str]) -> dict[str, Any]:
+def read_config_file(
+    path: Path,
+    flags: Sequence[Flag],
+    foreign: Collection[str],
+    tables: Mapping[str, Callable[[Any], Any]],
+) -> dict[str, Any]:
     """Reads {field: value} from a YAML mapping of flag names, with dashes or underscores.
 
+    tables: fields that have no flag, with what makes their value of the YAML, or ValueError.
     A null leaves the default. Raises ConfigError naming the file and the key.
     """
     content = read_yaml_mapping(path)
@@ -244,15 +250,18 @@ def read_config_file(path: Path, flags: Sequence[Flag], foreign: Collection[str]
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = "--" + str(key).replace("_", "-")
-        if name not in by_name:
+        field = name[2:].replace("-", "_")
+        if name not in by_name and field not in tables:
             raise ConfigError(f"{path}: {unknown_flag(name, flags, foreign)}")
         if value is None:
             continue
-        spec = by_name[name]
-        if spec.field in values:
-            raise ConfigError(f"{path}: {key}: given twice, see {spec.names[0]}")
+        spec = by_name.get(name)
+        if spec is not None:
+            field = spec.field
+        if field in values:
+            raise ConfigError(f"{path}: {key}: given twice, see --{field.replace('_', '-')}")
         try:
-            values[spec.field] = _from_yaml(spec, value)
+            values[field] = tables[field](value) if spec is None else _from_yaml(spec, value)
         except ValueError as error:
             raise ConfigError(f"{path}: {key}: {error}") from None
     return values

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from drift_scheduler.slo import Slo
 from sglang.srt.sampling_params import SamplingParams
 
 
@@ -42,6 +43,7 @@ class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
     """One tokenised prompt. `arrival_s` is time.monotonic() at the HTTP server.
 
     `namespace` separates prefix caches: requests with different namespaces share nothing.
+    `slo_class` is the name under which the request is counted, "" for one of our own.
     """
 
     rid: str
@@ -49,6 +51,8 @@ class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
     sampling: SamplingParams
     arrival_s: float
     namespace: str = ""
+    slo: Slo = Slo()
+    slo_class: str = "default"
 
 
 class AbortRequest(Message, frozen=True, tag=True, kw_only=True):
@@ -75,6 +79,26 @@ class GetState(Message, frozen=True, tag=True, kw_only=True):
     """Asks for the scheduler's `internal_state`: memory, queue, lanes, timeline totals."""
 
     call_id: int
+
+
+class GetTimeline(Message, frozen=True, tag=True, kw_only=True):
+    """Asks for a page of what the lanes ran in the last `seconds`.
+
+    next_run, next_sample: None for the first page, then as the page before said. The reply's
+    data has `page`, a drift_scheduler.timeline.TimelinePage, and `total_sms`.
+    """
+
+    call_id: int
+    seconds: float
+    next_run: int | None = None
+    next_sample: int | None = None
+
+
+class SetPolicy(Message, frozen=True, tag=True, kw_only=True):
+    """From the next turn on this policy decides who runs where; the reply says if it is one."""
+
+    call_id: int
+    policy: str
 
 
 class Shutdown(Message, frozen=True, tag=True, kw_only=True):
@@ -127,7 +151,7 @@ class TextBatch(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ControlReply(Message, frozen=True, tag=True, kw_only=True):
-    """The scheduler's answer to FlushCache or GetState."""
+    """The scheduler's answer to a message with a call_id."""
 
     call_id: int
     ok: bool
@@ -147,7 +171,16 @@ class Refused(Message, frozen=True, tag=True, kw_only=True):
     reason: str
 
 
-ToScheduler = GenerateRequest | AbortRequest | StopMatched | FlushCache | GetState | Shutdown
+ToScheduler = (
+    GenerateRequest
+    | AbortRequest
+    | StopMatched
+    | FlushCache
+    | GetState
+    | GetTimeline
+    | SetPolicy
+    | Shutdown
+)
 ToDetokenizer = TokenBatch | Shutdown
 ToTokenizer = TextBatch | ControlReply
 Handshake = Ready | Refused
@@ -158,6 +191,8 @@ ALL_MESSAGES: tuple[type[Message], ...] = (
     StopMatched,
     FlushCache,
     GetState,
+    GetTimeline,
+    SetPolicy,
     Shutdown,
     TokenBatch,
     TextBatch,

@@ -39,6 +39,9 @@ class WaitingQueue:
         del self._requests[request.rid]
         self.tokens -= request.num_tokens
 
+    def get(self, rid: str) -> Request | None:
+        return self._requests.get(rid)
+
     def in_order(self) -> list[Request]:
         by_arrival = sorted(self._requests.values(), key=lambda request: request.arrival_s)
         if self._policy == "lpm" and len(by_arrival) <= LPM_MAX_WAITING:

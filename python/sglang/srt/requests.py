@@ -8,13 +8,18 @@ Lengths of one request:
     tokens          prompt + output, all that the host knows
     computed        tokens whose keys and values are in the pool once launched work is done
     launched_output output tokens asked of the device, known to the host or not
+
+All times are those of one clock, time.monotonic() in a server.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
+from drift_scheduler.attainment import Pace
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.messages import FinishReason, GenerateRequest, StreamOptions
 from sglang.srt.model_executor.host_batch import SampleWish
@@ -38,6 +43,12 @@ class Request:
         self.sampling: SamplingParams = message.sampling
         self.namespace = message.namespace
         self.arrival_s = message.arrival_s
+        self.slo = message.slo
+        self.slo_class = message.slo_class
+        self.pace = Pace(self.arrival_s, self.slo.tbt_s)
+        # When its next token is due while it waits: the first one, or after a retraction the one
+        # behind those it has.
+        self.due_s = math.inf
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         eos = () if self.sampling.ignore_eos else eos_token_ids
@@ -59,10 +70,14 @@ class Request:
         self.computed = 0
         self.launched_output = 0
         self.jobs_in_flight = 0
+        # How often in a row smaller prompts that were named behind it went in front of it.
+        self.times_overtaken = 0
         # First token whose slot the device's slot table does not hold yet.
         self.table_valid = 0
 
+        # Of the prompt: cached when it was first taken up, not cached when it arrived.
         self.cached_tokens = 0
+        self.uncached_at_arrival = len(self.prompt)
         self.first_prefill_started = False
         self.retractions = 0
         self.sent_output = 0
@@ -77,6 +92,11 @@ class Request:
         if not self.output:
             return self.prompt
         return np.concatenate([self.prompt, np.asarray(self.output, dtype=np.int32)])
+
+    @property
+    def next_token_due_s(self) -> float:
+        """Of a request that has a token; infinity if nobody minds."""
+        return self.pace.last_s + self.slo.tbt_s
 
     @property
     def wants_step(self) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from drift_scheduler.policies.names import ChunkedSpec, parse_policy
+from drift_scheduler.slo import Slo
 from sglang.srt.errors import ConfigError
 from sglang.srt.flags import (
     Flag,
@@ -27,8 +29,10 @@ from sglang.srt.flags import (
     read_config_file,
     token_count,
 )
-from sglang.srt.multiplex_policy import ChunkedSteps, MultiplexPolicy, parse_chunked
+from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import PdmuxConfig
+from sglang.srt.service_levels import KEYS as SLO_KEYS
+from sglang.srt.service_levels import ServiceLevels, checked_classes, problem_of, slo_of
 from sglang.srt.upstream_flags import UNSUPPORTED_FLAGS
 from sglang.version import __version__
 
@@ -37,6 +41,7 @@ _HTTP = "HTTP server"
 _API = "API behaviour"
 _MEMORY = "Memory and scheduling"
 _PDMUX = "Prefill and decode side by side"
+_SLO = "Service levels"
 _DEVICE = "Devices and kernels"
 _OPERATION = "Operation and logs"
 
@@ -177,8 +182,8 @@ class ServerArgs:
     )
     pd_multiplex_policy: str | None = flag(
         None,
-        "table divides the device by the number of running requests; chunked:N lets prompts ride "
-        "in decode steps of up to N tokens, undivided. table if not given.",
+        "adaptive chooses at every step, from a latency model; the others are for comparison: "
+        "static:P/D, temporal, chunked:N, table, turns. adaptive if not given.",
         group=_PDMUX,
     )
     pdmux_config_path: str | None = flag(
@@ -188,6 +193,42 @@ class ServerArgs:
         None,
         "Partitions, the two whole-device ones included; the file's value, or 8.",
         group=_PDMUX,
+    )
+    drift_profile: str | None = flag(
+        None,
+        "JSON file with latencies of this model on this device, from "
+        "`python -m sglang.profile_drift`; measured briefly at start if not given.",
+        group=_PDMUX,
+    )
+    drift_profile_save: bool = flag(
+        False,
+        "At shutdown, write back to --drift-profile how much each phase was seen to slow the "
+        "other down.",
+        group=_PDMUX,
+    )
+
+    slo_ttft_ms: float | None = flag(
+        None,
+        "Milliseconds within which a request wants its first token; no limit if not given.",
+        group=_SLO,
+    )
+    slo_ttft_ms_per_token: float | None = flag(
+        None,
+        "Milliseconds for each prompt token that is not cached; the first token is due after the "
+        "longer of this and --slo-ttft-ms.",
+        group=_SLO,
+    )
+    slo_tbt_ms: float | None = flag(
+        None,
+        "Milliseconds between two tokens of a request, at its 99th percentile; no limit if not "
+        "given.",
+        group=_SLO,
+    )
+    slo_overload: Literal["queue", "shed"] = flag(
+        "queue",
+        "What becomes of a request that can no longer have its first token in time: it waits on, "
+        "or gets 503.",
+        group=_SLO,
     )
 
     device: Literal["auto", "cuda", "cpu"] = flag(
@@ -263,6 +304,12 @@ class ServerArgs:
     decode_log_interval: int = flag(
         40, "Decode steps between two lines of the log.", group=_OPERATION
     )
+    enable_metrics: bool = flag(
+        False, "Serve /metrics in Prometheus's text format.", group=_OPERATION
+    )
+
+    # Has no flag: {class: {key: milliseconds}} of the config file.
+    slo_classes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_cli(cls, argv: Sequence[str]) -> ServerArgs:
@@ -273,7 +320,8 @@ class ServerArgs:
         given = parse_known(make_parser(), argv, FLAGS, UNSUPPORTED_FLAGS)
         config_path = given.pop("config", None)
         if config_path is not None:
-            given = read_config_file(Path(config_path), FLAGS, UNSUPPORTED_FLAGS) | given
+            tables = {"slo_classes": checked_classes}
+            given = read_config_file(Path(config_path), FLAGS, UNSUPPORTED_FLAGS, tables) | given
         args = cls(**given)
         args.check()
         return args
@@ -285,6 +333,7 @@ class ServerArgs:
         self._check_parallelism()
         self._check_ranges()
         self._check_combinations()
+        self._check_service_levels()
         self.policy()
 
     @property
@@ -299,18 +348,24 @@ class ServerArgs:
 
     def policy(self) -> MultiplexPolicy:
         """How prefill and decode share the device. Reads the file of --pdmux-config-path."""
-        chunked = self._chunked_steps()
-        if chunked is not None or not self.enable_pdmux:
-            return chunked
-        return PdmuxConfig.load(self.pdmux_config_path, self.sm_group_num)
+        text = self.pd_multiplex_policy
+        if not self.enable_pdmux:
+            return MultiplexPolicy("chunked" if self.enable_mixed_chunk else "turns")
+        pdmux = PdmuxConfig.load(self.pdmux_config_path, self.sm_group_num)
+        return MultiplexPolicy(
+            text or ("chunked" if self.enable_mixed_chunk else "adaptive"), pdmux
+        )
 
-    def _chunked_steps(self) -> ChunkedSteps | None:
-        if self.pd_multiplex_policy is None:
-            return ChunkedSteps() if self.enable_mixed_chunk else None
-        try:
-            return parse_chunked(self.pd_multiplex_policy)
-        except ValueError as error:
-            raise _bad("pd_multiplex_policy", str(error)) from None
+    def default_slo(self) -> Slo:
+        """What is asked for a request that says nothing of time itself."""
+        return slo_of(self._default_limits_ms())
+
+    def service_levels(self) -> ServiceLevels:
+        """What requests may ask of time, by class or by themselves."""
+        return ServiceLevels(self._default_limits_ms(), self.slo_classes)
+
+    def _default_limits_ms(self) -> dict[str, float | None]:
+        return {key: getattr(self, f"slo_{key}") for key in SLO_KEYS}
 
     def _check_types(self) -> None:
         """A command line is typed by its parser; this is for args made in Python."""
@@ -366,8 +421,14 @@ class ServerArgs:
                 "pd_multiplex_policy",
                 "pdmux_config_path",
                 "sm_group_num",
+                "drift_profile",
             )
-        self._check_chunked_steps()
+        _require(
+            self.drift_profile is not None or not self.drift_profile_save,
+            "drift_profile_save",
+            "has no effect without --drift-profile",
+        )
+        self._check_policy()
         _require(
             self.device != "cpu" or self.attention_backend in ("auto", "torch_native"),
             "attention_backend",
@@ -379,37 +440,40 @@ class ServerArgs:
             "has no effect with --skip-tokenizer-init",
         )
 
-    def _check_chunked_steps(self) -> None:
-        policy, chunked = self.pd_multiplex_policy, self._chunked_steps()
-        chunk, mixed = self.chunked_prefill_size, self.enable_mixed_chunk
+    def _check_policy(self) -> None:
+        policy, mixed = self.pd_multiplex_policy, self.enable_mixed_chunk
         _require(
-            not mixed or chunk != -1,
+            not mixed or self.chunked_prefill_size != -1,
             "enable_mixed_chunk",
             "cuts prompts, --chunked-prefill-size -1 never does: leave one of them out",
         )
+        if policy is None:
+            return
+        try:
+            spec = parse_policy(policy)
+        except ValueError as error:
+            raise _bad("pd_multiplex_policy", str(error)) from None
+        chunked = isinstance(spec, ChunkedSpec)
         _require(
-            not mixed or chunked is not None,
+            not mixed or chunked,
             "enable_mixed_chunk",
             f"contradicts --pd-multiplex-policy {policy}: leave one of them out",
         )
-        if chunked is None:
-            return
-        self._require_unset(
-            "where prompts ride in decode steps", "pdmux_config_path", "sm_group_num"
-        )
-        step_tokens = chunked.step_tokens
-        if step_tokens is None:
-            return
+        step_tokens = spec.step_tokens if isinstance(spec, ChunkedSpec) else None
         _require(
-            chunk is None or chunk == step_tokens,
-            "chunked_prefill_size",
-            f"{chunk} contradicts --pd-multiplex-policy {policy}: leave it out",
-        )
-        _require(
-            step_tokens <= self.max_prefill_tokens,
+            step_tokens is None or step_tokens <= self.max_prefill_tokens,
             "max_prefill_tokens",
             f"{self.max_prefill_tokens} is less than the {step_tokens} tokens of a step: raise it",
         )
+
+    def _check_service_levels(self) -> None:
+        for key, limit_ms in self._default_limits_ms().items():
+            problem = problem_of(key, limit_ms)
+            _require(problem is None, f"slo_{key}", problem or "")
+        try:
+            checked_classes(self.slo_classes)
+        except ValueError as error:
+            raise ConfigError(f"slo_classes: {error}") from None
 
     def _require_unset(self, when: str, *fields: str) -> None:
         for field in fields:

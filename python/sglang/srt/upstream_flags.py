@@ -46,7 +46,7 @@ enable-fused-moe-sum-all-reduce enable-fused-qk-norm-rope enable-gdn-replayssm-s
 enable-hierarchical-cache enable-hisparse enable-http2 enable-int8-mamba-checkpoint
 enable-layerwise-nvtx-marker enable-linear-replayssm enable-lmcache enable-lora
 enable-lora-overlap-loading enable-mamba-cache-stochastic-rounding enable-memory-saver
-enable-metrics enable-metrics-for-all-schedulers enable-mfu-metrics enable-mis
+enable-metrics-for-all-schedulers enable-mfu-metrics enable-mis
 enable-mm-global-cache enable-mscclpp enable-multi-layer-eagle
 enable-multimodal enable-nccl-nvls enable-nsa-prefill-context-parallel enable-p2p-check
 enable-page-major-kv-layout enable-precise-embedding-interpolation

@@ -26,6 +26,7 @@ from sglang.srt.managers.prompts import Limits, PromptEncoder
 from sglang.srt.managers.scripted_scheduler import ScriptedScheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.messages import FinishReason, GenerateRequest, Shutdown
+from sglang.srt.observability.request_metrics import RequestMetrics
 from sglang.srt.served_model import ServedModel
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.tokenizer import load_tokenizer
@@ -160,7 +161,11 @@ def serving(tokenizer: Any, **flags: Any) -> Iterator[Served]:
 
         async def main() -> None:
             limits = Limits(VOCAB_SIZE, CONTEXT_LENGTH, args.allow_auto_truncate)
-            manager = TokenizerManager(PromptEncoder(tokenizer, limits), engine.ipc)
+            manager = TokenizerManager(
+                PromptEncoder(tokenizer, limits),
+                engine.ipc,
+                metrics=RequestMetrics() if args.enable_metrics else None,
+            )
             await manager.start()
             state = ServerState(args, manager, model, {"max_total_num_tokens": 1000})
             state.phase = Phase.SERVING

@@ -442,7 +442,8 @@ class TestOperations:
         with serve(api_key="hush") as served:
             info = served.client.get(path, headers={"authorization": "Bearer hush"})
         assert "hush" not in info.text
-        assert info.json()["internal_states"] == [{"running": 0}]
+        [internal] = info.json()["internal_states"]
+        assert internal["running"] == 0
         assert info.json()["max_total_num_tokens"] == 1000
         assert info.json()["port"] == 30000
 
@@ -496,6 +497,43 @@ class TestOperations:
         response = server.client.get("/", headers={"origin": "http://elsewhere"})
         assert "running" in response.text
         assert response.headers["access-control-allow-origin"] == "*"
+
+
+class TestMetrics:
+    def test_served_where_asked_for_and_open_to_scrapers(self, serve: Any) -> None:
+        with serve(enable_metrics=True, api_key="secret") as served:
+            served.engine.says(TEXT)
+            body = {"text": "Hi"}
+            headers = {"authorization": "Bearer secret"}
+            result = served.client.post("/generate", json=body, headers=headers).json()
+            assert served.client.get("/health").status_code == 200
+            scraped = served.client.get("/metrics")
+        assert scraped.headers["content-type"].startswith("text/plain; version=")
+        count = result["meta_info"]["completion_tokens"]
+        lines = scraped.text.splitlines()
+        assert 'sglang:num_requests_total{model_name="smollm2"} 1.0' in lines
+        assert f'sglang:generation_tokens_total{{model_name="smollm2"}} {float(count)}' in lines
+        assert 'sglang:max_total_num_tokens{model_name="smollm2"} 1000.0' in lines
+
+    def test_a_client_that_leaves_is_counted(self, serve: Any) -> None:
+        with serve(enable_metrics=True) as served:
+            served.engine.says_forever("on ")
+            body = {"text": "Hi", "stream": True, "sampling_params": {"max_new_tokens": None}}
+            with served.client.stream("POST", "/generate", json=body) as response:
+                next(response.iter_lines())
+            until(lambda: served.state.manager.in_flight == 0)
+            assert served.state.manager.metrics.aborted == 1
+
+    def test_a_dead_engine_leaves_what_this_process_has_counted(self, serve: Any) -> None:
+        with serve(enable_metrics=True) as served:
+            served.call(served.state.manager.fail_all, "the scheduler died")
+            scraped = served.client.get("/metrics")
+        assert scraped.status_code == 200
+        assert "sglang:num_requests_total" in scraped.text
+
+    def test_absent_by_default(self, server: Any) -> None:
+        assert server.client.get("/metrics").status_code == 404
+        assert server.state.manager.metrics is None
 
 
 class TestAuth:

@@ -64,6 +64,10 @@ NATIVE: list[tuple[str, Any]] = [
     ("image_data", {"text": "a", "image_data": "cat.png"}),
     ("lora_path", {"text": ["a", "b"], "lora_path": [None, "adapter"]}),
     ("extra_key", {"text": ["a", "b"], "extra_key": ["x"]}),
+    ("slo.tbt", {"text": "a", "slo": {"tbt": 5}}),
+    ("slo.tbt_ms", {"text": "a", "slo": {"tbt_ms": 0}}),
+    ("slo", {"text": "a", "slo": "no-such-class"}),
+    ("slo", {"text": ["a", "b"], "slo": [None]}),
     ("body", []),
     ("body", "text"),
 ]
@@ -95,6 +99,8 @@ COMPLETIONS: list[tuple[str, Any]] = [
     ("stream_options.include_usage", {"prompt": "a", "stream_options": {"include_usage": 1}}),
     ("stream_options.extra", {"prompt": "a", "stream_options": {"extra": True}}),
     ("max_new_tokens", {"prompt": "a", "max_new_tokens": 5}),
+    ("slo.ttft_ms", {"prompt": "a", "slo": {"ttft_ms": "1s"}}),
+    ("slo", {"prompt": ["a", "b"], "slo": [None, None]}),
 ]
 
 CHAT: list[tuple[str, Any]] = [
@@ -127,6 +133,9 @@ CHAT: list[tuple[str, Any]] = [
     ("reasoning_effort", {"messages": HI, "reasoning_effort": "extreme"}),
     ("unheard_of", {"messages": HI, "unheard_of": 1}),
     ("n", {"messages": HI, "n": "two"}),
+    ("slo.ttft_ms_per_token", {"messages": HI, "slo": {"ttft_ms_per_token": -1}}),
+    ("slo", {"messages": HI, "slo": "no-such-class"}),
+    ("slo", {"messages": HI, "slo": 5}),
 ]
 
 OTHERS: list[tuple[str, str, Any]] = [

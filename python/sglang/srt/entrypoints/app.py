@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from sglang.srt.entrypoints import error_forms, native, operations
+from sglang.srt.entrypoints import error_forms, multiplex, native, operations
 from sglang.srt.entrypoints.auth import BearerAuth
 from sglang.srt.entrypoints.openai import (
     serving_chat,
@@ -23,6 +23,7 @@ def build_app(state: ServerState) -> FastAPI:
     app.state.server = state
     for part in (
         operations,
+        multiplex,
         native,
         serving_completions,
         serving_chat,
@@ -30,6 +31,10 @@ def build_app(state: ServerState) -> FastAPI:
         serving_tokenize,
     ):
         app.include_router(part.router)
+    if state.args.enable_metrics:
+        from sglang.srt.entrypoints import metrics
+
+        app.include_router(metrics.router)
     error_forms.install(app)
     if state.args.api_key is not None:
         app.add_middleware(BearerAuth, api_key=state.args.api_key)

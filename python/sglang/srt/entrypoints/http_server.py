@@ -30,6 +30,7 @@ from sglang.srt.managers.detokenizer_manager import run_detokenizer
 from sglang.srt.managers.prompts import Limits, PromptEncoder
 from sglang.srt.managers.request_log import RequestLog
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.observability.request_metrics import RequestMetrics
 from sglang.srt.served_model import ServedModel, load_served_model
 from sglang.srt.server_args import ServerArgs
 
@@ -103,6 +104,7 @@ def _run(
         ),
         ipc,
         log=RequestLog(args.log_requests_level) if args.log_requests else None,
+        metrics=RequestMetrics() if args.enable_metrics else None,
     )
     state = ServerState(args, manager, model, infos[SCHEDULER])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

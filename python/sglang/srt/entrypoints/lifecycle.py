@@ -22,6 +22,7 @@ from sglang.srt.errors import SglangError
 from sglang.srt.ipc import IpcNames, remove_ipc_directory
 from sglang.srt.managers.prompts import Prompt
 from sglang.srt.sampling_params import SamplingParams
+from sglang.srt.service_levels import OWN_REQUEST
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +119,9 @@ class Lifecycle:
     async def _first_request(self) -> None:
         sampling = SamplingParams(max_new_tokens=8, temperature=0.0)
         if self._state.model.tokenizer is None:
-            prompt = Prompt(sampling, input_ids=[0], field="input_ids")
+            prompt = Prompt(sampling, input_ids=[0], field="input_ids", level=OWN_REQUEST)
         else:
-            prompt = Prompt(sampling, text="The capital city of France is")
+            prompt = Prompt(sampling, text="The capital city of France is", level=OWN_REQUEST)
         async for update in self._manager.generate([prompt], stream=False):
             finish = update.answer.finish
             if finish is not None and finish.type == "abort":

@@ -117,6 +117,7 @@ class GenerateBody(pydantic.BaseModel):
     extra_key: OneOrManyTexts | None = None
     cache_salt: OneOrManyTexts | None = None
     return_prompt_token_ids: bool = False
+    slo: Any = None  # ServiceLevels says what it may be
 
 
 @router.api_route("/generate", methods=["POST", "PUT"])
@@ -157,6 +158,7 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
     sampling = _each("sampling_params", body.sampling_params, count)
     extra_keys = _each("extra_key", body.extra_key, count)
     salts = _each("cache_salt", body.cache_salt, count)
+    slos = _each("slo", body.slo, count)
     defaults = state.args.preferred_sampling_params or {}
     prompts = [
         Prompt(
@@ -165,6 +167,7 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
             ),
             namespace=namespace_of(extra_keys[i], salts[i]),
             field=field,
+            level=state.levels.resolve(slos[i]),
             **row,
         )
         for i, row in enumerate(rows)

@@ -13,6 +13,7 @@ from fastapi import Request
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.served_model import ServedModel
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.service_levels import ServiceLevels
 
 
 class Phase(enum.Enum):
@@ -30,6 +31,10 @@ class ServerState:
     phase: Phase = Phase.STARTING
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
     startup_s: float | None = None
+    levels: ServiceLevels = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.levels = self.args.service_levels()
 
 
 def state_of(request: Request) -> ServerState:

@@ -22,6 +22,9 @@ class Answer(msgspec.Struct, eq=False):
     wire_id: str
     prompt: TokenizedPrompt
     started_s: float
+    # Kept by RequestMetrics.
+    first_token_s: float | None = None
+    last_token_s: float | None = None
     output_ids: list[int] = []
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drift_scheduler.gang import Gang
-from drift_scheduler.timeline import Timeline
+from drift_scheduler.timeline import LaneRun, Timeline
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
@@ -42,6 +42,7 @@ def build_engine(
     *,
     on_prefill: Callable[[Sequence[Fill]], None] = lambda fills: None,
     on_decode: Callable[[Sequence[Request]], None] = lambda members: None,
+    on_finish: Callable[[Request], None] = lambda request: None,
 ) -> EngineParts:
     """Loads the model and builds all behind it. For the callbacks see ServingEngine.
 
@@ -71,10 +72,22 @@ def build_engine(
         random_seed=_random_seed(server_args),
         on_prefill=on_prefill,
         on_decode=on_decode,
+        on_finish=on_finish,
     )
     timeline = Timeline()
-    gang = Gang(engine, executor.lanes, executor.dispatcher, timeline, time.monotonic)
+    gang = Gang(
+        engine,
+        executor.lanes,
+        executor.dispatcher,
+        timeline,
+        time.monotonic,
+        observe=executor.latencies.observe if executor.latencies else _unobserved,
+    )
     return EngineParts(executor, cache, outbox, engine, timeline, gang)
+
+
+def _unobserved(run: LaneRun) -> None:
+    """Without a latency model nobody learns from runs."""
 
 
 def _random_seed(server_args: ServerArgs) -> int:

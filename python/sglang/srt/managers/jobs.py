@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drift_scheduler.lane import Lane, Work
+from drift_scheduler.shapes import DecodeShape, PrefillShape
 from sglang.srt.model_executor.model_runner import Run
 from sglang.srt.requests import Request
 
@@ -40,14 +42,19 @@ class PrefillBatch:
     def __init__(self, fills: Sequence[Fill], run: Run) -> None:
         self.fills = fills
         self.run = run
+        self.shape = _shape_of(fills)
 
     @property
-    def requests(self) -> int:
-        return len(self.fills)
-
-    @property
-    def tokens(self) -> int:
-        return sum(fill.tokens for fill in self.fills)
+    def due_s(self) -> float:
+        """When the first of the prompts that this batch completes is to have its token."""
+        return min(
+            (
+                fill.request.due_s
+                for fill in self.fills
+                if fill.completes_prompt and fill.request.finish is None
+            ),
+            default=math.inf,
+        )
 
     @property
     def cancelled(self) -> bool:
@@ -60,28 +67,28 @@ class PrefillBatch:
 class DecodeBatch:
     """One step of the running requests, and the chunks of prompts that ride in it.
 
-    The run's tokens are those of the members, then those of the fills that sample.
+    shape: of the members. The run's tokens are those of the members, then those of the fills that
+    sample.
     """
 
     def __init__(
-        self, members: Sequence[Request], fills: Sequence[Fill], run: Run, num_layers: int
+        self,
+        members: Sequence[Request],
+        shape: DecodeShape,
+        fills: Sequence[Fill],
+        run: Run,
+        num_layers: int,
     ) -> None:
         self.members = members
+        self.shape = shape
         self.fills = fills
+        self.fused = _shape_of(fills) if fills else None
         self.run = run
         self._num_layers = num_layers
 
-    @property
-    def requests(self) -> int:
-        return len(self.members) + len(self.fills)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.members) + self.fused_tokens
-
-    @property
-    def fused_tokens(self) -> int:
-        return sum(fill.tokens for fill in self.fills)
-
     def step_work(self, lane: Lane) -> Work:
         return self.run.slice_work(lane, 0, self._num_layers)
+
+
+def _shape_of(fills: Sequence[Fill]) -> PrefillShape:
+    return PrefillShape.of([(fill.tokens, fill.start) for fill in fills])

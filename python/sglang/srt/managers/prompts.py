@@ -14,6 +14,7 @@ import msgspec
 
 from sglang.srt.errors import RequestError
 from sglang.srt.sampling_params import SamplingParams
+from sglang.srt.service_levels import NOTHING_ASKED, ServiceLevel
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Prompt:
     namespace: str = ""
     field: str = "text"
     add_special_tokens: bool = True
+    level: ServiceLevel = NOTHING_ASKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class TokenizedPrompt:
     input_ids: list[int]
     sampling: SamplingParams
     namespace: str
+    level: ServiceLevel = NOTHING_ASKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,7 @@ class PromptEncoder:
                 f"exceed the context of {limits.context_length}: ask for at most {room}",
                 "max_new_tokens",
             )
-        return TokenizedPrompt(ids, sampling, prompt.namespace)
+        return TokenizedPrompt(ids, sampling, prompt.namespace, prompt.level)
 
     def _check_ids(self, ids: list[int], field: str) -> None:
         size = self.limits.vocab_size

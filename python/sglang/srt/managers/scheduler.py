@@ -12,6 +12,7 @@ The loop, on one thread that owns all state and never blocks on a lane:
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +22,12 @@ from typing import Any
 
 import zmq
 
+from drift_scheduler.attainment import Attainment
+from drift_scheduler.dispatcher import Dispatcher
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane import LaneProvider, Phase
 from drift_scheduler.timeline import Timeline
+from sglang.srt.errors import Overloaded
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
@@ -35,7 +39,9 @@ from sglang.srt.messages import (
     FlushCache,
     GenerateRequest,
     GetState,
+    GetTimeline,
     Message,
+    SetPolicy,
     Shutdown,
     StopMatched,
     ToScheduler,
@@ -49,12 +55,19 @@ from sglang.srt.server_args import ServerArgs
 IDLE_WAIT_MS = 200
 # With work on lanes that cannot wake us: short against a decode step, long against a poll.
 BUSY_POLL_S = 50e-6
+# Runs, and samples, in one answer to GetTimeline: to write them takes about half a millisecond.
+TIMELINE_PAGE = 256
 
 
 @dataclass(slots=True)
 class _PendingFlush:
     call_id: int
     deadline_s: float
+
+
+def fixed_policy(text: str) -> Dispatcher:
+    """For a scheduler that keeps the dispatcher it was made with."""
+    raise ValueError("this engine cannot change its policy")
 
 
 class Scheduler:
@@ -74,6 +87,8 @@ class Scheduler:
         to_detokenizer: Sender,
         watchdog: Watchdog,
         log: SchedulerLog,
+        attainment: Attainment,
+        make_policy: Callable[[str], Dispatcher] = fixed_policy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -87,6 +102,8 @@ class Scheduler:
         self._to_detokenizer = to_detokenizer
         self._watchdog = watchdog
         self._log = log
+        self._attainment = attainment
+        self._make_policy = make_policy
         self._clock = clock
         self._flushes: list[_PendingFlush] = []
         self._checked_idle = False
@@ -135,6 +152,10 @@ class Scheduler:
             case GetState():
                 reply = ControlReply(call_id=message.call_id, ok=True, data=self._state())
                 self._to_tokenizer.send(reply)
+            case GetTimeline():
+                self._to_tokenizer.send(self._timeline_page(message))
+            case SetPolicy():
+                self._to_tokenizer.send(self._set_policy(message))
             case Shutdown():
                 self._running = False
                 self._to_detokenizer.send(message)
@@ -168,16 +189,40 @@ class Scheduler:
             self._flushes.remove(flush)
             self._to_tokenizer.send(reply)
 
+    def _timeline_page(self, asked: GetTimeline) -> ControlReply:
+        page = self._timeline.page(
+            self._clock(), asked.seconds, TIMELINE_PAGE, asked.next_run, asked.next_sample
+        )
+        data = {"page": page, "total_sms": self._lanes.table.total_sms}
+        return ControlReply(call_id=asked.call_id, ok=True, data=data)
+
+    def _set_policy(self, asked: SetPolicy) -> ControlReply:
+        """What is in flight goes on; the next turn is the new policy's."""
+        try:
+            self._gang.dispatcher = self._make_policy(asked.policy)
+        except ValueError as error:
+            return ControlReply(call_id=asked.call_id, ok=False, message=str(error))
+        self._timeline.policy_changed(asked.policy, self._clock())
+        return ControlReply(call_id=asked.call_id, ok=True)
+
     def _rest(self) -> None:
         if self._gang.idle:
-            self._inbox.wait(IDLE_WAIT_MS)
+            self._inbox.wait(self._wait_ms())
             return
         fd = self._lanes.completion_fd()
         if fd is None:
             time.sleep(BUSY_POLL_S)
             return
-        self._inbox.wait(IDLE_WAIT_MS, fd)
+        self._inbox.wait(self._wait_ms(), fd)
         _drain(fd)
+
+    def _wait_ms(self) -> int:
+        """Until the dispatcher wants to look again, at most IDLE_WAIT_MS."""
+        look_again_s = self._gang.look_again_s
+        if look_again_s is None:
+            return IDLE_WAIT_MS
+        left_ms = math.ceil((look_again_s - self._clock()) * 1000)
+        return max(0, min(left_ms, IDLE_WAIT_MS))
 
     def _state(self) -> dict[str, Any]:
         """One entry of /server_info's internal_states."""
@@ -190,8 +235,11 @@ class Scheduler:
             "token_usage": load.token_usage,
             "cached_tokens": self._cache.radix.evictable + self._cache.radix.protected,
             "retractions": self._engine.retractions,
+            "slo": self._attainment.snapshot(self._clock()),
             "pd_multiplex": {
                 "enabled": bool(self._lanes.table.splits),
+                "policy": self._timeline.policy,
+                **self._timeline.counts,
                 "prefill_busy_s": self._timeline.busy_s(Phase.PREFILL),
                 "decode_busy_s": self._timeline.busy_s(Phase.DECODE),
                 "both_busy_s": self._timeline.both_busy_s,
@@ -226,9 +274,18 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
         )
 
     def log_decode(members: Sequence[Request]) -> None:
-        log.decode(requests=len(members), load=scheduler.load)
+        log.decode(requests=len(members), load=scheduler.load, slo=window_if_asked)
 
-    parts = build_engine(server_args, on_prefill=log_prefill, on_decode=log_decode)
+    def window_if_asked() -> dict[str, Any] | None:
+        return attainment.snapshot(time.monotonic())["window"] if attainment.any_slo else None
+
+    parts = build_engine(
+        server_args,
+        on_prefill=log_prefill,
+        on_decode=log_decode,
+        on_finish=lambda request: count_finished(attainment, request),
+    )
+    attainment = Attainment(time.monotonic())  # loading the model is no time to serve in
     executor = parts.executor
     watchdog = Watchdog(server_args.watchdog_timeout)
     with zmq.Context() as context:
@@ -247,7 +304,10 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
             to_detokenizer=to_detokenizer,
             watchdog=watchdog,
             log=log,
+            attainment=attainment,
+            make_policy=executor.policies.make,
         )
+        parts.timeline.policy_changed(server_args.policy().text, time.monotonic())
         pool_tokens = parts.cache.allocator.total
         gc.collect()
         gc.freeze()  # model and tables live as long as the process: no need to walk them again
@@ -269,7 +329,16 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
             inbox.close()
             to_tokenizer.close()
             to_detokenizer.close()
-    executor.lanes.close()
+    executor.close()
+
+
+def count_finished(attainment: Attainment, request: Request) -> None:
+    """Any refusal for want of room counts as shed; other aborts do not count."""
+    assert request.finish is not None
+    if request.finish.type != "abort":
+        attainment.finish(request.pace, request.slo, request.uncached_at_arrival, request.slo_class)
+    elif request.finish.status_code == Overloaded.status_code:
+        attainment.shed(request.slo_class)
 
 
 def _drain(fd: int) -> None:

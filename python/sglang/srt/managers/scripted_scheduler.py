@@ -15,6 +15,7 @@ from typing import Any
 
 import zmq
 
+from drift_scheduler.timeline import Timeline
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
 from sglang.srt.messages import (
     AbortRequest,
@@ -23,6 +24,8 @@ from sglang.srt.messages import (
     FlushCache,
     GenerateRequest,
     GetState,
+    GetTimeline,
+    SetPolicy,
     Shutdown,
     StopMatched,
     StreamOptions,
@@ -35,6 +38,8 @@ from sglang.srt.server_args import ServerArgs
 Script = Callable[[GenerateRequest], Iterable[int | FinishReason]]
 
 _IDLE_POLL_MS = 20
+_TOTAL_SMS = 132
+_TIMELINE_PAGE = 4  # small, so that a few runs take several
 
 
 def count_up(request: GenerateRequest) -> Iterator[int]:
@@ -68,7 +73,11 @@ class ScriptedScheduler:
 
     cached_tokens: asked at each sending what to say of the prefix cache.
     received: every GenerateRequest. aborted: rids of AbortRequests that ended something.
+    timeline: what it says its lanes did; nothing but what is put there. policies: the names that
+    it takes.
     """
+
+    policies = ("turns", "table")
 
     def __init__(
         self,
@@ -84,6 +93,8 @@ class ScriptedScheduler:
         self.received: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.stopped: list[str] = []
+        self.timeline = Timeline()
+        self.timeline.policy_changed("turns", time.monotonic())
         self._running: dict[str, _Running] = {}
         self._news: list[_News] = []
         self._next_turn_s = 0.0
@@ -131,8 +142,29 @@ class ScriptedScheduler:
                 text = "Cache flushed." if ok else "Cache not flushed: requests are running."
                 self._to_tokenizer.send(ControlReply(call_id=message.call_id, ok=ok, message=text))
             case GetState():
-                state = {"running": len(self._running)}
+                state = {
+                    "running": len(self._running),
+                    "pd_multiplex": {"policy": self.timeline.policy, **self.timeline.counts},
+                }
                 self._to_tokenizer.send(ControlReply(call_id=message.call_id, ok=True, data=state))
+            case GetTimeline():
+                self._to_tokenizer.send(self._timeline_page(message))
+            case SetPolicy():
+                self._to_tokenizer.send(self._set_policy(message))
+
+    def _timeline_page(self, asked: GetTimeline) -> ControlReply:
+        page = self.timeline.page(
+            time.monotonic(), asked.seconds, _TIMELINE_PAGE, asked.next_run, asked.next_sample
+        )
+        data = {"page": page, "total_sms": _TOTAL_SMS}
+        return ControlReply(call_id=asked.call_id, ok=True, data=data)
+
+    def _set_policy(self, asked: SetPolicy) -> ControlReply:
+        if asked.policy not in self.policies:
+            message = f"expected one of {', '.join(self.policies)}, got {asked.policy!r}"
+            return ControlReply(call_id=asked.call_id, ok=False, message=message)
+        self.timeline.policy_changed(asked.policy, time.monotonic())
+        return ControlReply(call_id=asked.call_id, ok=True)
 
     def _turn(self) -> None:
         now_s = time.monotonic()

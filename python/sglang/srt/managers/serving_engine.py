@@ -9,21 +9,28 @@ It owns all shared state of the scheduler process, on one thread. Who holds what
 
 A prompt is filled by a prefill batch, which joins decode when the host has seen it finish, or by
 fused steps: there the next step is launched before the host has seen the last one, so a request
-is running as soon as the step that completes its prompt is launched.
+is running as soon as the step that completes its prompt is launched. Two prefill batches can be
+in flight at once, one of them parked until the other is done; they finish in any order.
 
 A sequence's slots are its own or the prefix tree's; SequenceCache keeps the account.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from sglang.srt.managers.admission import Admission, EngineLimits
+from drift_scheduler.backlog import Backlog
+from drift_scheduler.dispatcher import Admission
+from drift_scheduler.first_tokens import FirstTokens, may_hold
+from drift_scheduler.gang import DecodeLoad
+from sglang.srt.managers.admission import Ask, EngineLimits, PromptAdmission
 from sglang.srt.managers.batch_builder import BatchBuilder, sequence_of
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
+from sglang.srt.managers.running import RunningRequests
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotIds
 from sglang.srt.mem_cache.slot_table import RowPool
@@ -36,7 +43,8 @@ class ServingEngine:
     """See the module. `random_seed` gives requests without a seed of their own one each.
 
     on_prefill sees the prompts of every launch that fills some, on_decode the members of every
-    step that has some, both as the launch begins.
+    step that has some, both as the launch begins. on_finish sees every request as it ends, refused
+    and aborted ones too; request.finish says how. clock is the one of GenerateRequest.arrival_s.
     """
 
     def __init__(
@@ -51,6 +59,8 @@ class ServingEngine:
         random_seed: int,
         on_prefill: Callable[[Sequence[Fill]], None] = lambda fills: None,
         on_decode: Callable[[Sequence[Request]], None] = lambda members: None,
+        on_finish: Callable[[Request], None] = lambda request: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self._cache = cache
@@ -61,12 +71,15 @@ class ServingEngine:
         self._seeds = np.random.default_rng(random_seed)
         self._on_prefill = on_prefill
         self._on_decode = on_decode
+        self._on_finish = on_finish
+        self._clock = clock
 
         self._batches = BatchBuilder(limits.context_length)
-        self._admission = Admission(cache, rows, limits)
-        self._prefilling: PrefillBatch | None = None
-        # Requests that want another step; a new list each step, since batches keep the old ones.
-        self._running: list[Request] = []
+        self._admission = PromptAdmission(cache, rows, limits)
+        self._prefilling: list[PrefillBatch] = []
+        self._first_tokens: FirstTokens[Request] = FirstTokens()
+        self._fused: list[DecodeBatch] = []  # steps in flight in which prompts ride
+        self._running = RunningRequests()
         # Finished requests that launched work can still touch.
         self._leaving: list[Request] = []
         self._by_rid: dict[str, Request] = {}
@@ -83,6 +96,10 @@ class ServingEngine:
     @property
     def waiting_tokens(self) -> int:
         return self._admission.waiting_tokens
+
+    @property
+    def backlog(self) -> Backlog:
+        return self._admission.backlog
 
     @property
     def running(self) -> int:
@@ -102,6 +119,9 @@ class ServingEngine:
     def idle(self) -> bool:
         """No request is anywhere in the engine."""
         return not self._by_rid and not self._leaving
+
+    def decode_load(self) -> DecodeLoad:
+        return self._running.load()
 
     def add(self, message: GenerateRequest) -> None:
         """Queues a request, or answers it at once with an abort that says why."""
@@ -135,7 +155,19 @@ class ServingEngine:
             self._refuse(request, 503, f"the queue is full (--max-queued-requests {max_queued})")
         else:
             self._by_rid[request.rid] = request
-            self._admission.add(request)
+            self._admission.add(request, self._filling())
+
+    def shed(self, keys: Sequence[str]) -> None:
+        """Refuses prompts that wait; whoever has had a token is served to the end."""
+        reason = FinishReason(
+            type="abort",
+            message="the server is overloaded: the first token could not come in time "
+            "(--slo-overload shed)",
+            status_code=503,
+        )
+        for key in keys:
+            if key in self.backlog and not self._by_rid[key].output:
+                self._end(self._by_rid[key], reason)
 
     def abort(self, rid_prefix: str, *, abort_all: bool = False) -> None:
         """Ends all requests whose id starts with the prefix; an empty prefix names none."""
@@ -156,51 +188,75 @@ class ServingEngine:
         self._cache.radix.reset()
 
     def check(self) -> None:
-        """Asserts that every slot and row is accounted for exactly once."""
+        """Asserts that every slot and row is accounted for exactly once, and that of those who
+        hold some at most one is neither running nor being computed: the half-filled prompt."""
         holders = [request for request in self._by_rid.values() if request.sequence is not None]
+        between = [r.rid for r in holders if r.jobs_in_flight == 0 and r not in self._running]
+        assert len(between) <= 1, f"{between} are half filled"
         holders += self._leaving
         self._cache.check()
         assert self._cache.num_open == len(holders), (
             f"{self._cache.num_open} open sequences, {len(holders)} requests hold one"
         )
         self._rows.check(in_use=len(holders))
+        self._running.check()
+        self._admission.check()
 
-    def begin_prefill(self) -> PrefillBatch | None:
-        assert self._prefilling is None, "one prefill batch at a time"
+    def begin_prefill(self, admission: Admission) -> PrefillBatch | None:
         limits = self._limits
-        fills = self._admission.choose(limits.prefill_tokens, self._running, cut=limits.chunked)
+        assert len(self._prefilling) == int(admission.preempts), (
+            f"{len(self._prefilling)} prefill batches in flight, preempts={admission.preempts}"
+        )
+        ask = Ask(
+            tokens=min(admission.tokens or limits.prefill_tokens, limits.prefill_tokens),
+            cut=limits.chunked and not admission.preempts,
+            order=admission.order,
+            beside=admission.preempts,
+        )
+        fills = self._admission.choose(ask, [*self._running.members, *self._completing()])
         if not fills:
             return None
-        self._prefilling = PrefillBatch(fills, self._start((), fills))
+        batch = PrefillBatch(fills, self._start((), fills))
+        self._prefilling.append(batch)
+        self._admission.filling_changed(self._filling())
         self._on_prefill(fills)
-        return self._prefilling
+        return batch
 
     def finish_prefill(self, job: PrefillBatch) -> None:
-        assert job is self._prefilling, "the job is not the batch in flight"
-        self._prefilling = None
+        self._prefilling.remove(job)
         if job.cancelled:
             self._drop_fills(job.fills)
         else:
-            self._settle_fills(job.fills, iter(job.run.tokens()))
-            self._running += [fill.request for fill in job.fills if _wants_step(fill)]
+            self._settle_fills(job.fills, iter(job.run.tokens()), joins_later=True)
+            self._running.join(fill.request for fill in job.fills if _wants_step(fill))
+        self._admission.prompts_completed()
+        self._admission.filling_changed(self._filling())
 
-    def begin_decode(self, steps_in_flight: int, fused_tokens: int) -> DecodeBatch | None:
+    def begin_decode(
+        self,
+        steps_in_flight: int,
+        fused_tokens: int,
+        fused_order: Sequence[str] | None = None,
+    ) -> DecodeBatch | None:
         assert not (fused_tokens and self._prefilling), "a fused step beside a prefill batch"
         new_slots = self._extend_running(steps_in_flight)
         if new_slots is None:
             return None
-        members = self._running
-        fills = self._admission.choose(fused_tokens, members, cut=True) if fused_tokens else []
+        members = self._running.members
+        fills: list[Fill] = []
+        if fused_tokens:
+            order = None if fused_order is None else tuple(fused_order)
+            fills = self._admission.choose(Ask(fused_tokens, cut=True, order=order), members)
         if not members and not fills:
             return None
-        batch = DecodeBatch(members, fills, self._start(members, fills, new_slots), self.num_layers)
-        self._running = [
-            request
-            for request in members
-            if request.launched_output < request.max_new_tokens and request.finish is None
-        ]
+        run = self._start(members, fills, new_slots)
+        self._send(self._first_tokens.step_launched())
+        shape = self._running.launched()
+        batch = DecodeBatch(members, shape, fills, run, self.num_layers)
         if fills:
-            self._running += [fill.request for fill in fills if _wants_step(fill)]
+            self._running.join(fill.request for fill in fills if _wants_step(fill))
+            self._fused.append(batch)
+            self._admission.filling_changed(self._filling())
             self._on_prefill(fills)
         if members:
             self._on_decode(members)
@@ -208,21 +264,36 @@ class ServingEngine:
 
     def finish_decode(self, job: DecodeBatch) -> None:
         tokens = iter(job.run.tokens())
+        self._send(self._first_tokens.step_settled())
+        now_s = self._clock()
         for request in job.members:
             token = next(tokens)
             request.jobs_in_flight -= 1
             request.computed += 1
             if request.finish is None:
-                self._take_token(request, token)
+                self._take_token(request, token, now_s)
             elif request.jobs_in_flight == 0:
                 self._release(request)
         if job.fills:
+            self._fused.remove(job)
             self._settle_fills(job.fills, tokens)
-            self._admission.reconsider()  # what is shared now may be what others lacked room for
+            self._admission.prompts_completed()
+            self._admission.filling_changed(self._filling())
 
     def _refuse(self, request: Request, status_code: int, message: str) -> None:
         request.finish = FinishReason(type="abort", message=message, status_code=status_code)
         self._outbox.note(request)
+        self._on_finish(request)
+
+    def _completing(self) -> list[Request]:
+        """Who will run once the prefill batches in flight are done."""
+        fills = [fill for batch in self._prefilling for fill in batch.fills]
+        return [fill.request for fill in fills if _wants_step(fill)]
+
+    def _filling(self) -> list[Request]:
+        """Whose prompts the launches in flight compute."""
+        jobs: list[PrefillBatch | DecodeBatch] = [*self._prefilling, *self._fused]
+        return list(dict.fromkeys(fill.request for job in jobs for fill in job.fills))
 
     def _extend_running(self, steps_in_flight: int) -> SlotIds | None:
         """A slot more for every running request; those that came last make room for the others.
@@ -230,12 +301,13 @@ class ServingEngine:
         None if only the tokens of the steps in flight can tell who leaves of itself.
         """
         while True:
-            new_slots = self._cache.extend_each([sequence_of(r) for r in self._running])
+            members = self._running.members
+            new_slots = self._cache.extend_each([sequence_of(request) for request in members])
             if new_slots is not None:
                 return new_slots
             if steps_in_flight:
                 return None
-            self._retract(self._running.pop())
+            self._retract(members[-1])
 
     def _start(
         self, members: Sequence[Request], fills: Sequence[Fill], new_slots: SlotIds | None = None
@@ -249,8 +321,12 @@ class ServingEngine:
             fill.request.jobs_in_flight += 1
         return self._runner.start(self._batches.step(members, fills, new_slots))
 
-    def _settle_fills(self, fills: Sequence[Fill], tokens: Iterator[int]) -> None:
-        """The parts are computed; `tokens` are those of the parts that sample."""
+    def _settle_fills(
+        self, fills: Sequence[Fill], tokens: Iterator[int], *, joins_later: bool = False
+    ) -> None:
+        """The parts are computed; `tokens` are those of the parts that sample. joins_later: their
+        requests take part in a step that is not launched yet."""
+        now_s = self._clock()
         for fill in fills:
             request = fill.request
             token = next(tokens) if fill.samples else None
@@ -264,7 +340,8 @@ class ServingEngine:
                 if token is None:
                     self._end(request, FinishReason(type="length", length=0))
                 else:
-                    self._take_token(request, token)
+                    holds = joins_later and may_hold(request.slo, request.due_s, now_s)
+                    self._take_token(request, token, now_s, hold=holds)
 
     def _drop_fills(self, fills: Sequence[Fill]) -> None:
         """The parts are not computed, for all their requests have finished."""
@@ -273,11 +350,26 @@ class ServingEngine:
             if fill.request.jobs_in_flight == 0:
                 self._release(fill.request)
 
-    def _take_token(self, request: Request, token: int) -> None:
+    def _take_token(
+        self, request: Request, token: int, now_s: float, *, hold: bool = False
+    ) -> None:
+        """hold: it is sent when the request's first step starts."""
         request.append(token)
+        if hold and request.finish is None:
+            self._first_tokens.hold(request)
+            return
+        request.pace.token(now_s)
         self._outbox.note(request)
         if request.finish is not None:
             self._leave(request)
+
+    def _send(self, held: Sequence[Request]) -> None:
+        """First tokens that have been kept back."""
+        now_s = self._clock()
+        for request in held:
+            if request.finish is None:
+                request.pace.token(now_s)
+                self._outbox.note(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish = reason
@@ -288,6 +380,8 @@ class ServingEngine:
         """A finished request gives up its place at once, its memory when no job can touch it."""
         del self._by_rid[request.rid]
         self._admission.forget(request)
+        self._admission.filling_changed(self._filling())
+        self._on_finish(request)
         if request.sequence is None:
             return
         if request in self._running:
@@ -322,11 +416,13 @@ class ServingEngine:
 
     def _retract(self, request: Request) -> None:
         assert request.jobs_in_flight == 0, f"{request.rid}: retracted under a job"
+        self._send(self._first_tokens.release())
+        self._running.remove(request)
         self._admission.release(request)
         request.launched_output = len(request.output)
         request.retractions += 1
         self.retractions += 1
-        self._admission.add(request)
+        self._admission.add(request, self._filling())
 
 
 def _wants_step(fill: Fill) -> bool:

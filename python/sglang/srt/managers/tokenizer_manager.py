@@ -12,10 +12,14 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
+from functools import partial
 
 import msgspec
 import zmq
 
+from drift_scheduler.timeline import TimelinePage
+from drift_scheduler.window import TimelineWindow
 from sglang.srt.errors import Overloaded, RequestError
 from sglang.srt.ipc import AsyncReceiver, IpcNames, Sender
 from sglang.srt.managers.answers import Answer, Update
@@ -29,12 +33,16 @@ from sglang.srt.messages import (
     FlushCache,
     GenerateRequest,
     GetState,
+    GetTimeline,
     Message,
+    SetPolicy,
     Shutdown,
     TextBatch,
     ToTokenizer,
 )
+from sglang.srt.observability.request_metrics import RequestMetrics
 from sglang.srt.sampling_params import SamplingParams
+from sglang.srt.service_levels import OWN_REQUEST
 
 
 class TokenizerManager:
@@ -46,10 +54,12 @@ class TokenizerManager:
         ipc: IpcNames,
         *,
         log: RequestLog | None = None,
+        metrics: RequestMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.encoder = encoder
         self._ipc = ipc
+        self.metrics = metrics
         self._log = log
         self._clock = clock
         self._wire_ids = WireIds()
@@ -129,6 +139,8 @@ class TokenizerManager:
             for answer in answers:
                 if self._forget(answer):
                     self._send(AbortRequest(rid=answer.wire_id))
+                    if self.metrics is not None:
+                        self.metrics.left(answer)
 
     def abort(self, rid: str, abort_all: bool = False) -> None:
         """Ends the requests whose public id starts with `rid`; an empty one matches nothing."""
@@ -148,11 +160,36 @@ class TokenizerManager:
     async def engine_state(self, timeout_s: float = 10) -> ControlReply:
         return await self._ask(lambda call_id: GetState(call_id=call_id), timeout_s)
 
+    async def timeline(self, seconds: float, timeout_s: float = 10) -> TimelineWindow:
+        """What the lanes ran in the last `seconds`, as far as it is kept.
+
+        Asked for page by page, so that the engine never pauses for long to answer.
+        """
+        pages: list[TimelinePage] = []
+        ask = partial(GetTimeline, seconds=seconds)
+        while True:
+            reply = await self._ask(partial(_with_call_id, ask), timeout_s)
+            page = msgspec.convert(reply.data["page"], TimelinePage)
+            pages.append(page)
+            if page.next_run >= pages[0].end_run and page.next_sample >= pages[0].end_sample:
+                return TimelineWindow.of_pages(pages, reply.data["total_sms"])
+            ask = partial(ask, next_run=page.next_run, next_sample=page.next_sample)
+
+    async def set_policy(self, policy: str, timeout_s: float = 10) -> None:
+        """Hands the lanes to another policy. Raises RequestError if there is none of that name."""
+        reply = await self._ask(
+            lambda call_id: SetPolicy(call_id=call_id, policy=policy), timeout_s
+        )
+        if not reply.ok:
+            raise RequestError(f"policy: {reply.message}", "policy")
+
     async def probe(self, timeout_s: float) -> bool:
         """True if the engine sends any text at all within the limit, given a token to make."""
         self._heard.clear()
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
-        prompt = Prompt(sampling, input_ids=[0], namespace="health", field="input_ids")
+        prompt = Prompt(
+            sampling, input_ids=[0], namespace="health", field="input_ids", level=OWN_REQUEST
+        )
         heard = asyncio.create_task(self._heard.wait())
         answered = asyncio.create_task(self._drain_call(prompt))
         try:
@@ -208,6 +245,8 @@ class TokenizerManager:
                 sampling=answer.prompt.sampling,
                 arrival_s=answer.started_s,
                 namespace=answer.prompt.namespace,
+                slo=answer.prompt.level.slo,
+                slo_class=answer.prompt.level.class_name,
             )
         )
 
@@ -258,6 +297,8 @@ class TokenizerManager:
                 continue
             call, answer = entry
             answer.take(batch, i, now_s)
+            if self.metrics is not None:
+                self.metrics.took(answer, len(batch.new_ids[i]), now_s)
             if answer.finish is not None:
                 self._forget(answer)
             call.noticed(answer)
@@ -266,6 +307,10 @@ class TokenizerManager:
         waiting = self._control.get(reply.call_id)
         if waiting is not None and not waiting.done():
             waiting.set_result(reply)
+
+
+def _with_call_id(make: Callable[..., Message], call_id: int) -> Message:
+    return make(call_id=call_id)
 
 
 def _each_answer(prompt: TokenizedPrompt) -> list[TokenizedPrompt]:
@@ -279,5 +324,5 @@ def _each_answer(prompt: TokenizedPrompt) -> list[TokenizedPrompt]:
         if seed is not None:
             seed = (seed + j + 2**63) % 2**64 - 2**63  # stays in 64 bits
         one = msgspec.structs.replace(sampling, n=1, sampling_seed=seed)
-        answers.append(TokenizedPrompt(prompt.input_ids, one, prompt.namespace))
+        answers.append(replace(prompt, sampling=one))
     return answers

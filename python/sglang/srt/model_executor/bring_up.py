@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from drift_scheduler.dispatcher import (
-    Chunked,
-    Dispatcher,
-    SplitByBatchSize,
-    TakeTurns,
-    even_thresholds,
-)
+from drift_scheduler.clock import ClockRatio
+from drift_scheduler.dispatcher import Dispatcher
 from drift_scheduler.lane import LaneProvider
+from drift_scheduler.latencies import Latencies
 from drift_scheduler.partition import PartitionError
+from drift_scheduler.policies.factory import PolicyFactory
+from drift_scheduler.policies.names import AdaptiveSpec, TemporalSpec, parse_policy
 from sglang.srt.errors import ConfigError
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
@@ -29,8 +27,9 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.warm_up import warm_up
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
-from sglang.srt.multiplex_policy import ChunkedSteps, MultiplexPolicy
 from sglang.srt.pdmux_config import PdmuxConfig
+from sglang.srt.profiling.calibrate import latencies_for
+from sglang.srt.profiling.nvml import NvmlClock, device_clock
 from sglang.srt.server_args import ServerArgs, resolve_device
 
 logger = logging.getLogger(__name__)
@@ -52,6 +51,9 @@ class Executor:
     config: ModelConfig
     lanes: LaneProvider
     dispatcher: Dispatcher
+    policies: PolicyFactory
+    latencies: Latencies | None
+    clock_reader: NvmlClock | None
     runner: ModelRunner
     kv_pool: DeviceKVPool
     num_slots: int
@@ -60,19 +62,25 @@ class Executor:
     attention_backend: str
     device: torch.device
 
+    def close(self) -> None:
+        """Waits for launched work, with a limit, and releases the lanes."""
+        if self.clock_reader is not None:
+            self.clock_reader.close()
+        self.lanes.close()
+
 
 def bring_up(args: ServerArgs) -> Executor:
     """Loads the model and sizes everything. Raises ConfigError naming the flag."""
     device = _device(args)
     policy = args.policy()
     prefill_tokens = _prefill_tokens(args, device.type == "cuda")
-    lanes = make_lanes(device, policy if isinstance(policy, PdmuxConfig) else None)
-    dispatcher = make_dispatcher(
-        lanes,
-        policy,
-        depth=1 if args.disable_overlap_schedule else DECODE_DEPTH,
-        chunk_tokens=prefill_tokens,
+    lanes = make_lanes(device, policy.pdmux)
+    needs_latencies = args.drift_profile is not None or isinstance(
+        parse_policy(policy.text), AdaptiveSpec | TemporalSpec
     )
+    if not needs_latencies:
+        # A partition that does not exist is to be told before the weights are loaded.
+        _named_policy(make_policies(args, lanes, None, 1, prefill_tokens), policy.text)
     source = resolve_model_source(
         args.model_path,
         load_format=args.load_format,
@@ -128,7 +136,7 @@ def bring_up(args: ServerArgs) -> Executor:
                 pool,
                 max_reqs=min(args.cuda_graph_max_bs or num_rows, num_rows - 1),
                 max_tokens=prefill_tokens,
-                fuses=isinstance(policy, ChunkedSteps),
+                fuses=policy.text != "turns",
             )
     logger.info(
         "KV pool: %d tokens, %.2f GB; attention: %s; up to %d requests at once",
@@ -137,10 +145,21 @@ def bring_up(args: ServerArgs) -> Executor:
         backend,
         num_rows - 1,
     )
+    latencies = clock_reader = None
+    if needs_latencies:
+        clock = ClockRatio()
+        latencies = latencies_for(
+            args, lanes, runner, num_slots=num_slots, prefill_tokens=prefill_tokens, clock=clock
+        )
+        clock_reader = device_clock(device, on_reading=clock.feed)
+    policies = make_policies(args, lanes, latencies, config.num_layers, prefill_tokens)
     return Executor(
         config=config,
         lanes=lanes,
-        dispatcher=dispatcher,
+        dispatcher=_named_policy(policies, policy.text),
+        policies=policies,
+        latencies=latencies,
+        clock_reader=clock_reader,
         runner=runner,
         kv_pool=pool,
         num_slots=num_slots,
@@ -194,28 +213,40 @@ def _log_partitions(lanes: LaneProvider, pdmux: PdmuxConfig | None, device: torc
         )
 
 
-def make_dispatcher(
-    lanes: LaneProvider, policy: MultiplexPolicy, *, depth: int, chunk_tokens: int
-) -> Dispatcher:
-    """What the flags ask for. chunk_tokens: size of a prefill chunk."""
-    if policy is None:
-        return TakeTurns(lanes.table, decode_depth=depth)
-    if isinstance(policy, ChunkedSteps):
-        return Chunked(lanes.table, policy.step_tokens or chunk_tokens, decode_depth=depth)
-    splits = lanes.table.splits
-    thresholds = even_thresholds(len(splits), policy.decode_bs_divisor)
-    if policy.manual_divisions:
+def make_policies(
+    args: ServerArgs,
+    lanes: LaneProvider,
+    latencies: Latencies | None,
+    num_layers: int,
+    prefill_tokens: int,
+) -> PolicyFactory:
+    """What the flags leave to choose. prefill_tokens: size of a prefill chunk."""
+    pdmux = args.policy().pdmux or PdmuxConfig()
+    thresholds = None
+    if pdmux.manual_divisions:
         # Rows whose shares were rounded to the same split: the smallest threshold counts.
         by_share: dict[int, int] = {}
-        for row in policy.manual_divisions:
+        for row in pdmux.manual_divisions:
             by_share.setdefault(lanes.granted[row.decode_sms], row.min_decode_reqs)
-        thresholds = tuple(by_share[split.decode_sms] for split in splits)
-    return SplitByBatchSize(
+        thresholds = tuple(by_share[split.decode_sms] for split in lanes.table.splits)
+    return PolicyFactory(
         lanes.table,
-        thresholds,
-        layer_token_budget=policy.split_forward_token_budget,
-        decode_depth=depth,
+        latencies,
+        num_layers,
+        prefill_tokens,
+        decode_depth=1 if args.disable_overlap_schedule else DECODE_DEPTH,
+        sheds=args.slo_overload == "shed",
+        thresholds=thresholds,
+        batch_size_for_last=pdmux.decode_bs_divisor,
+        layer_token_budget=pdmux.split_forward_token_budget,
     )
+
+
+def _named_policy(policies: PolicyFactory, text: str) -> Dispatcher:
+    try:
+        return policies.make(text)
+    except ValueError as error:
+        raise ConfigError(f"--pd-multiplex-policy: {error}") from None
 
 
 def _device(args: ServerArgs) -> torch.device:

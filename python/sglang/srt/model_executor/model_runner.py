@@ -187,10 +187,13 @@ class ModelRun:
             self._state = runner.model.embed(input_ids)
         batch, state = self._batch, self._state
         assert batch is not None and state is not None, f"slice from layer {first} comes first"
+        attention = kernels.attention
+        # Another lane, or slices of another batch on this one since the last of ours.
+        if attention.planned is not batch.forward:
+            attention.plan(batch.forward)
         context = self._context
-        if context is None or context.attention is not kernels.attention:
-            kernels.attention.plan(batch.forward)
-            context = LayerContext(batch.forward, runner.kv_pool, kernels.attention, kernels.matmul)
+        if context is None or context.attention is not attention:
+            context = LayerContext(batch.forward, runner.kv_pool, attention, kernels.matmul)
             self._context = context
         self._state = runner.model.run_layers(state, context, first, last)
         if last == runner.num_layers:

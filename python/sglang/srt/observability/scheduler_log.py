@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,17 @@ class SchedulerLog:
             load.queued,
         )
 
-    def decode(self, *, requests: int, load: Callable[[], Load]) -> None:
-        """Counts a step; `load` is only asked when it is time for a line."""
+    def decode(
+        self,
+        *,
+        requests: int,
+        load: Callable[[], Load],
+        slo: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> None:
+        """Counts a step; `load` and `slo` are only asked when it is time for a line.
+
+        slo: the window of Attainment.snapshot, None if no request has asked for anything.
+        """
         self._steps += 1
         self._tokens += requests
         if self._steps < self._decode_interval:
@@ -55,13 +65,20 @@ class SchedulerLog:
         now_s = self._clock()
         self.gen_throughput = self._tokens / max(now_s - self._since_s, 1e-9)
         self._steps, self._tokens, self._since_s = 0, 0, now_s
-        state = load()
+        state, window = load(), slo()
+        in_time = ""
+        if window is not None and window["finished"]:
+            in_time = (
+                f", SLO attainment: {window['attainment']:.3f}, "
+                f"goodput (req/s): {window['goodput_rps']:.2f}"
+            )
         logger.info(
             "Decode batch, #running-req: %d, #token: %d, token usage: %.2f, "
-            "gen throughput (token/s): %.2f, #queue-req: %d",
+            "gen throughput (token/s): %.2f, #queue-req: %d%s",
             state.running,
             state.used_tokens,
             state.token_usage,
             self.gen_throughput,
             state.queued,
+            in_time,
         )

@@ -89,7 +89,7 @@ def run(options: OfflineOptions) -> dict[str, Any]:
         busy = {name: after - busy_before[name] for name, after in _busy(parts).items()}
         result = _result(options, totals, latency_s, busy)
     finally:
-        parts.executor.lanes.close()
+        parts.executor.close()
     print(report(result))
     if totals.errors:
         print(f"{len(totals.errors)} requests were not served. The first: {totals.errors[0]}")

@@ -40,11 +40,18 @@ _WITHOUT = (
     "pd_multiplex_policy",
     "pdmux_config_path",
     "sm_group_num",
+    "drift_profile",
+    "drift_profile_save",
+    "slo_ttft_ms",
+    "slo_ttft_ms_per_token",
+    "slo_tbt_ms",
+    "slo_overload",
     "watchdog_timeout",
     "log_level_http",
     "log_requests",
     "log_requests_level",
     "decode_log_interval",
+    "enable_metrics",
 )
 _SGLANG_ONLY = (
     "--correct",

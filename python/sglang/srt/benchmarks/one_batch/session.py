@@ -255,7 +255,12 @@ def _pdmux_flags(splits: tuple[Split, ...], stack: contextlib.ExitStack) -> dict
     # The thresholds in the third column decide nothing here, but have to rise.
     rows = [[split.prefill_sms, split.decode_sms, i] for i, split in enumerate(splits)]
     path.write_text(yaml.safe_dump({"sm_group_num": len(rows) + 2, "manual_divisions": rows}))
-    return {"enable_pdmux": True, "pdmux_config_path": str(path)}
+    return {
+        "enable_pdmux": True,
+        "pdmux_config_path": str(path),
+        # Any that needs no latency model, which would be measured first.
+        "pd_multiplex_policy": "table",
+    }
 
 
 def _check_contexts(options: OneBatchOptions, executor: Executor) -> None:

@@ -55,6 +55,7 @@ class _GenerationBody(SamplingFields):
     rid: OneOrManyTexts | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
+    slo: Any = None  # ServiceLevels says what it may be
 
 
 class CompletionBody(_GenerationBody):

@@ -100,6 +100,7 @@ def _prompt(body: ChatBody, state: ServerState) -> Prompt:
         text=text,
         namespace=namespace_of(body.extra_key, body.cache_salt),
         field="messages",
+        level=state.levels.resolve(body.slo),
         add_special_tokens=False,  # the template has written them
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -96,6 +97,7 @@ def _prompts(body: CompletionBody, state: ServerState) -> list[Prompt]:
         vocab_size=state.model.vocab_size,
     )
     namespace = namespace_of(body.extra_key, body.cache_salt)
+    level = state.levels.resolve(body.slo)
     given: Any = body.prompt
     if isinstance(given, str):
         texts, rows = [given], []
@@ -105,8 +107,9 @@ def _prompts(body: CompletionBody, state: ServerState) -> list[Prompt]:
         texts, rows = [], [given]
     else:
         texts, rows = given, []
-    prompts = [Prompt(sampling, text=t, namespace=namespace, field="prompt") for t in texts]
-    prompts += [Prompt(sampling, input_ids=r, namespace=namespace, field="prompt") for r in rows]
+    common = Prompt(sampling, namespace=namespace, field="prompt", level=level)
+    prompts = [replace(common, text=text) for text in texts]
+    prompts += [replace(common, input_ids=row) for row in rows]
     if not prompts:
         raise RequestError("prompt: must not be empty", "prompt")
     return prompts

@@ -24,11 +24,14 @@ class AttentionBackend(Protocol):
     """Causal attention of new tokens over their cached prefix and each other."""
 
     name: str
+    planned: ForwardBatch | None
+    """The batch of the last plan."""
 
     def plan(self, batch: ForwardBatch) -> None:
-        """Called once per batch, before layer 0 of its first slice, on the lane's stream.
+        """Called before layer 0 of a batch's first slice, on the lane's stream.
 
-        A prefill batch keeps its plan over all its slices; the lane runs no other batch between.
+        The plan serves all slices of the batch until another batch is planned: then it is made
+        again, from whatever layer the batch goes on.
         """
         ...
 

@@ -68,6 +68,7 @@ class FlashInferAttention:
         self._has_decode = False
         self._has_prefill = False
         self._is_reserved = False
+        self.planned: ForwardBatch | None = None
 
     def sibling(self) -> FlashInferAttention:
         """Another one for the same lane, for launches that run in turn with this one's."""
@@ -114,6 +115,7 @@ class FlashInferAttention:
                     first_token=first,
                 )
             )
+        self.planned = batch
 
     def attend(
         self,

@@ -46,6 +46,7 @@ class TorchNativeAttention:
         self._kv_pool = kv_pool
         self._num_kv_heads = config.num_kv_heads
         self._plan: _Plan | None = None
+        self.planned: ForwardBatch | None = None
 
     def plan(self, batch: ForwardBatch) -> None:
         """Gathers the slots of every request, once for all layers."""
@@ -64,6 +65,7 @@ class TorchNativeAttention:
             mask = torch.ones((rows, columns), dtype=torch.bool, device=batch.rows.device)
             mask = mask.tril(longest)
         self._plan = _Plan(requests, mask)
+        self.planned = batch
 
     def attend(
         self,

@@ -59,6 +59,7 @@ class TritonAttention:
         self._scratch = self._allocate_scratch(0)
         self._scratch_is_fixed = False
         self._plan: _Plan | None = None
+        self.planned: ForwardBatch | None = None
 
     def reserve(self, max_reqs: int, max_seq_len: int) -> None:
         """Takes scratch for any decode batch within these bounds and never moves it again.
@@ -95,6 +96,7 @@ class TritonAttention:
             has_decode=bool(decode_lens),
             max_new_tokens=max(batch.new_lens_host, default=0),
         )
+        self.planned = batch
 
     def attend(
         self,

@@ -1,0 +1,1 @@
+"""Reports on a server's timeline; speaks to it over HTTP only."""
