@@ -6,7 +6,7 @@ A dispatcher is a pure function of a frozen view and the time; it owns no engine
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from drift_scheduler.partition import Partition
 from drift_scheduler.view import LoadView
@@ -16,8 +16,7 @@ from drift_scheduler.view import LoadView
 MAX_SLICES_IN_FLIGHT = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(NamedTuple):
     """How long a launch is expected to take, and at worst."""
 
     expected_s: float

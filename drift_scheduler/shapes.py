@@ -22,13 +22,13 @@ class PrefillShape:
     @classmethod
     def of(cls, parts: Iterable[tuple[int, int]]) -> PrefillShape:
         """parts: (n, r) of each prompt."""
-        parts = list(parts)
-        return cls(
-            tokens=sum(new for new, _ in parts),
-            squares=sum(new * new for new, _ in parts),
-            cross=sum(new * cached for new, cached in parts),
-            requests=len(parts),
-        )
+        tokens = squares = cross = requests = 0
+        for new, cached in parts:
+            tokens += new
+            squares += new * new
+            cross += new * cached
+            requests += 1
+        return cls(tokens, squares, cross, requests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,9 +185,8 @@ class Adaptive:
             order = self._order(view, now_s)
             choice = None
             if order and view.running:
-                choice = self._choose(
-                    view, _front_of(order, FRONT_TOKENS), now_s, partial(_front_of, order)
-                )
+                riding = partial(_front_of, order, any(prompt.begun for prompt in order))
+                choice = self._choose(view, riding(FRONT_TOKENS), now_s, riding)
             memo.view, memo.now_s, memo.queue = view, now_s, _Queue(order, choice)
         return memo.queue
 
@@ -281,9 +280,9 @@ class Adaptive:
         return None
 
 
-def _front_of(order: Sequence[Prompt], tokens: int) -> PrefillShape:
-    """The first so many new tokens. As long as one prompt is half filled no other one is cut."""
-    cut_before = any(prompt.begun for prompt in order)
+def _front_of(order: Sequence[Prompt], one_is_begun: bool, tokens: int) -> PrefillShape:
+    """The first so many new tokens. Before a half-filled prompt no other one is cut."""
+    cut_before = one_is_begun
     parts: list[tuple[int, int]] = []
     left = tokens
     for prompt in order:

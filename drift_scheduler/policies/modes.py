@@ -11,6 +11,7 @@ where they meet.
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from drift_scheduler.shapes import DecodeShape, PrefillShape
 # Tokens of a fused step in all. A step of a multiple of 128 fills the tiles of its products.
 FUSED_STEP_TOKENS = (64, 128, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 MIN_FUSED_TOKENS = 32
+# Of the splits, and of the sizes of a fused step, that meet a deadline the first has the highest
+# rate, but for how it fills tiles: so many are compared.
+LOOKED_AT = 2
 
 
 class Mode(enum.StrEnum):
@@ -86,11 +90,11 @@ def gentlest_split(
     num_layers: int,
 ) -> Choice | None:
     """The split with the shortest decode step, whatever the deadline; None without splits."""
-    return min(
-        (_split(model, split, decode, prefill, num_layers) for split in table.splits),
-        key=lambda choice: choice.step.worst_s,
-        default=None,
-    )
+    steps = [(split, model.decode(decode, split, prefill)) for split in table.splits]
+    if not steps:
+        return None
+    split, step = min(steps, key=lambda found: found[1].worst_s)
+    return _split(model, split, decode, prefill, step, num_layers)
 
 
 def _splits(
@@ -101,9 +105,15 @@ def _splits(
     limit_s: float,
     num_layers: int,
 ) -> Iterator[Choice]:
+    """The first of those that meet the deadline: further ones leave less to prefill."""
+    left = LOOKED_AT
     for split in table.splits:
-        if model.decode(decode, split, prefill).worst_s <= limit_s:
-            yield _split(model, split, decode, prefill, num_layers)
+        step = model.decode(decode, split, prefill)
+        if step.worst_s <= limit_s:
+            yield _split(model, split, decode, prefill, step, num_layers)
+            left -= 1
+            if not left:
+                return
 
 
 def _split(
@@ -111,6 +121,7 @@ def _split(
     split: Partition,
     decode: DecodeShape,
     prefill: PrefillShape,
+    step: Forecast,
     num_layers: int,
 ) -> Choice:
     batch = model.prefill(prefill, split, decode)
@@ -118,7 +129,7 @@ def _split(
         Mode.SPLIT,
         split,
         rate=prefill.tokens / batch.expected_s,
-        step=model.decode(decode, split, prefill),
+        step=step,
         layer=batch.times(1 / num_layers),
     )
 
@@ -149,16 +160,20 @@ def _fusings(
     most: int,
     limit_s: float,
 ) -> Iterator[Choice]:
-    """All that meet the deadline: larger steps take longer, so the first that does not ends it."""
-    previous = 0
+    """The largest of those that meet the deadline: larger steps take longer, and compute more."""
+    sizes: list[int] = []
     for step_tokens in FUSED_STEP_TOKENS:
         tokens = min(step_tokens - decode.requests, most)
-        if tokens < min(MIN_FUSED_TOKENS, most) or tokens == previous:
-            continue
-        previous = tokens
-        step = model.fused(decode, riding(tokens))
-        if step.worst_s > limit_s:
-            return
+        if tokens >= min(MIN_FUSED_TOKENS, most) and tokens not in sizes:
+            sizes.append(tokens)
+    steps: dict[int, Forecast] = {}
+
+    def too_slow(tokens: int) -> bool:
+        steps[tokens] = model.fused(decode, riding(tokens))
+        return steps[tokens].worst_s > limit_s
+
+    for tokens in reversed(sizes[: bisect_left(sizes, True, key=too_slow)][-LOOKED_AT:]):
+        step = steps.get(tokens) or model.fused(decode, riding(tokens))
         yield Choice(Mode.FUSED, table.whole, tokens / step.expected_s, step, fused_tokens=tokens)
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from drift_scheduler.backlog import Backlog, Prompt
 
 # Prompts looked at: the most urgent ones that are not late yet, and the oldest of all.
-LOOK_AHEAD = 64
-LOOK_BACK = 16
+LOOK_AHEAD = 32
+LOOK_BACK = 8
 # One in LATE_TURN slots of this length begins with prompts that have been given up.
 SLOT_S = 1.0
 LATE_TURN = 5
@@ -31,11 +31,15 @@ def by_due_time(backlog: Backlog, now_s: float, seconds: Seconds) -> list[Prompt
     urgent = [prompt for prompt in backlog.first_due(now_s, LOOK_AHEAD) if not prompt.deferred]
     oldest = [prompt for prompt in backlog.oldest(LOOK_BACK) if not prompt.deferred]
     in_time, given_up = fewest_late(urgent, now_s, seconds)
-    late = sorted([*given_up, *oldest], key=lambda prompt: (not prompt.begun, prompt.arrival_s))
+    late = sorted([*given_up, *oldest], key=_begun_then_oldest)
     order = [*in_time, *late]
     if int(now_s / SLOT_S) % LATE_TURN == 0:
         order = [*(prompt for prompt in oldest if _overdue(prompt, now_s)), *order]
     return _begun_first(list({prompt.key: prompt for prompt in order}.values()))
+
+
+def _begun_then_oldest(prompt: Prompt) -> tuple[bool, float]:
+    return not prompt.begun, prompt.arrival_s
 
 
 def _begun_first(order: list[Prompt]) -> list[Prompt]:
@@ -45,6 +49,8 @@ def _begun_first(order: list[Prompt]) -> list[Prompt]:
     it anyway.
     """
     place = next((i for i, prompt in enumerate(order) if prompt.begun), 0)
+    if place == 0:
+        return order
     short = [prompt for prompt in order[:place] if prompt.new <= WHOLE_TOKENS]
     long = [prompt for prompt in order[:place] if prompt.new > WHOLE_TOKENS]
     return [*short, *order[place : place + 1], *long, *order[place + 1 :]]

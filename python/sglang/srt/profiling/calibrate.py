@@ -36,6 +36,9 @@ from sglang.srt.server_args import ServerArgs
 logger = logging.getLogger(__name__)
 
 BRIEF_BUDGET_S = 13.0
+# Of a CPU's pool no more is used: memory is taken, page by page, when it is first written, and to
+# take gigabytes of it would be most of what is measured.
+CPU_POOL_TOKENS = 16384
 
 
 def latencies_for(
@@ -106,10 +109,13 @@ def limits_of(
 ) -> Limits:
     """What the engine can hold; one row and one page are not for requests."""
     num_rows, context_length = runner.slot_table.shape
+    pool_tokens = num_slots - args.page_size
+    if runner.device.type == "cpu":
+        pool_tokens = min(pool_tokens, CPU_POOL_TOKENS // args.page_size * args.page_size)
     return Limits(
         prefill_tokens=prefill_tokens,
         requests=num_rows - 1,
-        pool_tokens=num_slots - args.page_size,
+        pool_tokens=pool_tokens,
         context_length=context_length,
         page_size=args.page_size,
     )

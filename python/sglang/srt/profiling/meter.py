@@ -118,7 +118,6 @@ def engine_meter(
 ) -> EngineMeter:
     """Of an engine that serves nothing yet: slots, rows and pool are used as if they were free."""
     pool = runner.kv_pool
-    keys, _ = pool.layer(0)
     if runner.device.type == "cuda":
         # Zeros draw less power than numbers do, and a GPU at its power limit slows down. A CPU
         # has no such limit, and its pool takes no memory until it is written.
@@ -128,7 +127,7 @@ def engine_meter(
         torch.cuda.synchronize(runner.device)
     placement = Placement(
         runner.slot_table,
-        num_slots=len(keys),
+        num_slots=limits.pool_tokens + limits.page_size,
         page_size=limits.page_size,
         decode_rows=limits.requests - limits.prompts,
         vocab_size=runner.model.config.vocab_size,
