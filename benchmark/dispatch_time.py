@@ -24,8 +24,6 @@ import numpy as np
 
 from benchmark.serve_trace import append
 from drift_scheduler.backlog import Backlog, Prompt
-from drift_scheduler.estimator import Estimator
-from drift_scheduler.guard import Guard
 from drift_scheduler.latencies import Latencies
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.adaptive import Adaptive
@@ -85,9 +83,7 @@ def views(waiting: int, now_s: float, draw: random.Random) -> Iterator[LoadView]
 def measure(profile: Profile, waiting: int, decisions: int, seed: int) -> dict[str, float]:
     """Microseconds of a decision."""
     table = table_of(profile)
-    estimator = Estimator.fit(profile.samples, profile.key.sms)
-    guard = Guard.of_samples(estimator, profile.samples)
-    policy = Adaptive(table, Latencies(estimator, guard, LAYERS), LAYERS, max_batch_tokens=8192)
+    policy = Adaptive(table, Latencies.of(profile, LAYERS), LAYERS, max_batch_tokens=8192)
     now_s = 1000.0
     took_us = []
     gc.collect()

@@ -78,6 +78,8 @@ class NullRunner:
 
 
 class NullRun:
+    indivisible = False
+
     def __init__(self, samples: int) -> None:
         self._samples = samples
 

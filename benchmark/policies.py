@@ -83,8 +83,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="leave out whole points from the end so that the run takes about so long",
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
+    parser.add_argument(
+        "--timelines", type=Path, help="folder for what the lanes did in each window"
+    )
     parser.add_argument("server_flags", nargs="*", help="flags of the server, behind --")
     given = parser.parse_args(argv)
+    if given.timelines is not None:
+        given.timelines.mkdir(parents=True, exist_ok=True)
     for name in ("policy", "workload", "rate", "slo_tbt_ms"):
         values = getattr(given, name)
         if len(set(values)) < len(values):
@@ -145,7 +150,14 @@ def _measure(
 
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(comparison, start, Path(folder), origin, budget_s=budget_s)
+        run = Run(
+            comparison,
+            start,
+            Path(folder),
+            origin,
+            timelines=given.timelines,
+            budget_s=budget_s,
+        )
         try:
             for row in run.rows(start()):
                 append(row, given.out)

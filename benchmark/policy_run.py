@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +48,10 @@ class Target(Protocol):
         """bench_serving's result, from an empty cache. Raises LoadError."""
         ...
 
+    def timeline(self, seconds: float) -> dict[str, Any]:
+        """What the lanes did in the last seconds; of very many launches the newest."""
+        ...
+
     def last_words(self) -> str: ...
 
 
@@ -83,6 +87,10 @@ class ServedModel:
         flags += ["--flush-cache", f"--extra-request-body={json.dumps({'slo': load.slo})}"]
         return run_bench(flags, limit_s, quiet=True)
 
+    def timeline(self, seconds: float) -> dict[str, Any]:
+        found: dict[str, Any] = call(self.base_url, f"/pd_multiplex/timeline?seconds={seconds:.0f}")
+        return found
+
     def last_words(self) -> str:
         return self._process.log_tail()
 
@@ -102,7 +110,7 @@ class Run:
     """Windows in order; a server that has died is replaced, and the rows say so.
 
     start: a new server. clock: seconds, for the budget. origin: what every row says.
-    folder: for traces that are made.
+    folder: for traces that are made. timelines: folder for what the lanes did in each window.
     """
 
     def __init__(
@@ -112,6 +120,7 @@ class Run:
         folder: Path,
         origin: Row,
         *,
+        timelines: Path | None = None,
         budget_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -119,6 +128,7 @@ class Run:
         self._start = start
         self._folder = folder
         self._origin = origin
+        self._timelines = timelines
         self._budget_s = budget_s
         self._clock = clock
         self._servers = 0
@@ -181,7 +191,14 @@ class Run:
         load = comparison.load(point, self._folder)
         before = target.state()
         result = target.bench(load, load.seconds + comparison.drain_seconds)
-        return measured(load, result, before, target.state())
+        row = measured(load, result, before, target.state())
+        if self._timelines is not None:
+            timeline = target.timeline(result["duration"])
+            name = re.sub(r"[^\w.]+", "-", f"{policy} {point}")
+            path = self._timelines / f"{name}.json"
+            path.write_text(json.dumps(timeline), encoding="utf-8")
+            row["timeline"] = path.name
+        return row
 
 
 def measured(
@@ -222,7 +239,8 @@ def measured(
         "decode_busy_share": lanes.decode_busy_s / duration_s,
         "both_busy_share": lanes.both_busy_s / duration_s,
         "fused_share": lanes.fused_busy_s / duration_s,
-        "launches": asdict(lanes)["launches"],
+        "launches": lanes.launches,
+        "counts": lanes.counts,
     }
     if "slo" in after:
         row["server_slo"] = {"before": before.get("slo"), "after": after["slo"]}

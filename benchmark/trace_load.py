@@ -76,15 +76,23 @@ class TraceLoad:
         ]
 
 
+COUNTS = ("forecasts", "overruns", "repartitions", "preemptions")
+
+
 @dataclass(frozen=True, slots=True)
 class LaneUse:
-    """What the lanes did between two looks at /server_info. Seconds, and launches by partition."""
+    """What the lanes did between two looks at /server_info. Seconds, and launches by partition.
+
+    counts: how many launches were forecast, how many of these took longer than their worst case,
+    how often the division of the device changed, and batches were pre-empted.
+    """
 
     prefill_busy_s: float
     decode_busy_s: float
     both_busy_s: float
     fused_busy_s: float
     launches: dict[str, int]
+    counts: dict[str, int]
 
     @classmethod
     def between(cls, before: dict[str, Any], after: dict[str, Any]) -> LaneUse:
@@ -102,6 +110,7 @@ class LaneUse:
                 partition_name(new): new["launches"] - old["launches"]
                 for old, new in zip(before["partitions"], after["partitions"], strict=True)
             },
+            counts={name: after[name] - before.get(name, 0) for name in COUNTS if name in after},
         )
 
 

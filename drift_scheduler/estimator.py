@@ -91,10 +91,8 @@ class Estimator:
     ) -> Estimator:
         """From samples taken alone; those beside the other phase are left to the guard.
 
-        decode_sizes: rising; the requests that a decode step is padded to. prefill_sizes: the same
-        of tokens, on the whole device, of a prefill batch or fused step. Beyond the last one
-        nothing is padded. Without fused samples a fused step is taken to cost what a prefill of
-        all its tokens does, and decode's g(context).
+        decode_sizes, prefill_sizes: see PaddedSizes. Without fused samples a fused step is taken to
+        cost what a prefill of all its tokens does, and decode's g(context).
 
         Raises EstimatorError if a phase has no sample.
         """
@@ -109,7 +107,7 @@ class Estimator:
             size = running.requests + prompts.tokens
             if sample.kind is Kind.DECODE:
                 size = _padded(decode_sizes, size)
-            elif sample.kind is Kind.FUSED or split.prefill_sms == total_sms:
+            else:
                 size = _padded(prefill_sizes, size)
             point = Point(size, running.context, prompts, sample.seconds)
             if sample.kind is Kind.DECODE:
@@ -137,9 +135,7 @@ class Estimator:
 
     def prefill_s(self, shape: PrefillShape, sms: int) -> float:
         """All layers of a prefill batch on so many SMs."""
-        size = shape.tokens
-        if sms == self.total_sms:
-            size = _padded(self._prefill_sizes, size)
+        size = _padded(self._prefill_sizes, shape.tokens)
         return self._prefill.seconds(sms, size, 0, shape)
 
     def fused_s(self, decode: DecodeShape, prefill: PrefillShape) -> float:

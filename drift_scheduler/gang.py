@@ -42,6 +42,11 @@ class PrefillJob(Protocol):
         ...
 
     @property
+    def indivisible(self) -> bool:
+        """All its layers are one launch, however few are asked for: a short batch, as a graph."""
+        ...
+
+    @property
     def cancelled(self) -> bool:
         """Nobody wants the result any more: launch no further layers."""
         ...
@@ -166,6 +171,7 @@ class _Prefill(Generic[P]):
             slices_in_flight=len(self.in_flight),
             layer_s=self.finished_s / self.finished if self.finished else None,
             due_s=self.job.due_s,
+            indivisible=self.job.indivisible,
         )
 
 
@@ -401,6 +407,8 @@ class Gang(Generic[P, D]):
         assert prefill is not None
         first = prefill.launched
         last = min(first + plan.prefill_layers, self._engine.num_layers)
+        if prefill.job.indivisible:
+            last = self._engine.num_layers
         if first == last:
             return False
         lane = self._lanes.lane(Phase.PREFILL, plan.partition)

@@ -12,7 +12,7 @@ from drift_scheduler.estimator import Estimator
 from drift_scheduler.guard import Cell, Guard
 from drift_scheduler.lane import Phase
 from drift_scheduler.partition import Partition
-from drift_scheduler.profile import Kind
+from drift_scheduler.profile import Kind, PaddedSizes, Profile
 from drift_scheduler.shapes import DecodeShape, PrefillShape
 from drift_scheduler.timeline import LaneRun
 
@@ -39,6 +39,32 @@ class Latencies:
         self._clock = clock
         self._clock_mhz: float | None = None
         self._whole = (estimator.total_sms, estimator.total_sms, True)
+
+    @classmethod
+    def of(
+        cls,
+        profile: Profile,
+        num_layers: int,
+        *,
+        sizes: PaddedSizes | None = None,
+        clock: ClockRatio | None = None,
+    ) -> Latencies:
+        """sizes: of the engine that is to be forecast; None takes those of the one measured.
+
+        Raises EstimatorError if the profile says nothing of a phase.
+        """
+        sizes = profile.sizes if sizes is None else sizes
+        estimator = Estimator.fit(
+            profile.samples,
+            profile.key.sms,
+            decode_sizes=sizes.decode,
+            prefill_sizes=sizes.prefill,
+        )
+        # The cells of a guard that has served know the profile's samples too.
+        guard = (
+            Guard(profile.cells) if profile.cells else Guard.of_samples(estimator, profile.samples)
+        )
+        return cls(estimator, guard, num_layers, clock)
 
     def decode(
         self, shape: DecodeShape, partition: Partition, beside: PrefillShape | None

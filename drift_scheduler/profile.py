@@ -160,10 +160,26 @@ class GuardCell:
 
 
 @dataclass(frozen=True, slots=True)
+class PaddedSizes:
+    """What batches are padded to before they run, rising; beyond the last one nothing is padded.
+
+    decode: requests of a decode step. prefill: tokens of a prefill batch or fused step.
+    """
+
+    decode: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
+    """samples: to fit; checked: others, to see how well the fit does. cells: of a guard that has
+    served. sizes: as the engine that was measured pads them."""
+
     key: ProfileKey
     samples: Sequence[Sample]
     cells: Sequence[GuardCell] = ()
+    sizes: PaddedSizes = PaddedSizes()
+    checked: Sequence[Sample] = ()
 
     def to_json(self) -> str:
         """The same text for the same content: rows are sorted."""
@@ -171,7 +187,9 @@ class Profile:
             "{\n"
             f'"format": {FORMAT},\n'
             f'"key": {_json(self.key)},\n'
+            f'"sizes": {_json(self.sizes)},\n'
             f'"samples": {_rows(self.samples)},\n'
+            f'"checked": {_rows(self.checked)},\n'
             f'"cells": {_rows(self.cells)}\n'
             "}\n"
         )
@@ -186,7 +204,7 @@ class Profile:
             file = msgspec.json.decode(text, type=_File)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProfileError(f"{error}; {_REMEDY}") from error
-        return cls(file.key, file.samples, file.cells)
+        return cls(file.key, file.samples, file.cells, file.sizes, file.checked)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """All or nothing: a reader, or a crash half way, sees the old file or the new one."""
@@ -235,6 +253,8 @@ class _File(msgspec.Struct):
     key: ProfileKey
     samples: tuple[Sample, ...]
     cells: tuple[GuardCell, ...] = ()
+    sizes: PaddedSizes = PaddedSizes()
+    checked: tuple[Sample, ...] = ()
 
 
 def _shown(value: str | int | None) -> str:

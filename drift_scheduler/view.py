@@ -15,7 +15,8 @@ class PrefillView:
 
     layers_launched counts from the bottom. layer_s: measured mean time of its finished layers,
     None before the first has finished. due_s: when the first of its prompts is to have its first
-    token; infinity if none of them gets one from this batch.
+    token; infinity if none of them gets one from this batch. indivisible: all its layers are one
+    launch.
     """
 
     shape: PrefillShape
@@ -24,6 +25,7 @@ class PrefillView:
     slices_in_flight: int
     layer_s: float | None
     due_s: float = math.inf
+    indivisible: bool = False
 
     @property
     def tokens(self) -> int:

@@ -204,6 +204,7 @@ class Adaptive:
                 self.num_layers,
                 modes,
                 riding,
+                indivisible=view.prefill is not None and view.prefill.indivisible,
             )
             if choice is not None:
                 return choice
@@ -262,7 +263,7 @@ class Adaptive:
 
     def _preempt(self, view: LoadView, active: PrefillView, now_s: float) -> Admission | None:
         """The most urgent prompt, if it would be late behind the batch in flight and that batch
-        stays in time behind it."""
+        stays in time behind it, or is late anyway."""
         urgent = next(iter(view.backlog.first_due(now_s, 1)), None)
         if urgent is None or urgent.deferred or urgent.begun or active.layer_s is None:
             return None
@@ -275,7 +276,8 @@ class Adaptive:
         late_behind = now_s + rest_s + own_s > urgent.due_s
         in_time_before = now_s + own_s <= urgent.due_s
         victim_in_time = now_s + own_s + rest_s <= active.due_s
-        if late_behind and in_time_before and victim_in_time:
+        victim_late_anyway = now_s + rest_s > active.due_s
+        if late_behind and in_time_before and (victim_in_time or victim_late_anyway):
             return Admission((urgent.key,), urgent.new, preempts=True)
         return None
 

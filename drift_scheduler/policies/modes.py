@@ -65,17 +65,21 @@ def best_mode(
     num_layers: int,
     modes: frozenset[Mode] = ALL_MODES,
     riding: Riding | None = None,
+    *,
+    indivisible: bool = False,
 ) -> Choice | None:
     """The highest rate among the ways whose decode step ends within limit_s even at worst.
 
     prefill: the prompt tokens to compute. riding: the first so many of them, which ride in a fused
-    step; if None, an even part of all. None if no way is fast enough.
+    step; if None, an even part of all. indivisible: all layers of the batch are one launch. None
+    if no way is fast enough.
     """
     choices: list[Choice] = []
     if Mode.SPLIT in modes:
         choices += _splits(model, table, decode, prefill, limit_s, num_layers)
     if Mode.TURNS in modes:
-        choices += _turns(model, table, decode, prefill, limit_s, num_layers)
+        least = num_layers if indivisible else 1
+        choices += _turns(model, table, decode, prefill, limit_s, num_layers, least)
     if Mode.FUSED in modes:
         part = riding or partial(_even_part, prefill)
         choices += _fusings(model, table, decode, part, prefill.tokens, limit_s)
@@ -141,12 +145,14 @@ def _turns(
     prefill: PrefillShape,
     limit_s: float,
     num_layers: int,
+    least: int,
 ) -> Iterator[Choice]:
+    """least: layers that are launched together."""
     step = model.decode(decode, table.whole, None)
     layer = model.prefill(prefill, table.whole, None).times(1 / num_layers)
     room_s = limit_s - step.worst_s
     layers = int(min(room_s / layer.worst_s, num_layers))
-    if layers >= 1:
+    if layers >= least:
         round_s = step.expected_s + layers * layer.expected_s
         rate = prefill.tokens * layers / num_layers / round_s
         yield Choice(Mode.TURNS, table.whole, rate, step, layer, layers=layers)

@@ -24,6 +24,7 @@ class SimPrefill:
     slice_s: Callable[[SimPrefill, Lane, int], float]
     shape: PrefillShape
     cancelled: bool = False
+    indivisible: bool = False
 
     @property
     def due_s(self) -> float:

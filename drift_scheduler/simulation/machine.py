@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from drift_scheduler.estimator import Estimator
-from drift_scheduler.guard import Guard
 from drift_scheduler.latencies import Latencies
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.latency_model import LatencyModel
@@ -26,8 +24,8 @@ def load_machine(path: str | os.PathLike[str], num_layers: int | None = None) ->
     """The machine of a profile, whichever it is: the one that simulates need not be like it.
 
     num_layers: of the model; None takes what the profile's key says of it. Times are fitted as the
-    server fits them, except that steps are not padded to sizes of CUDA graphs, and stay as they
-    are. Raises ProfileError, or EstimatorError where a phase was not measured.
+    server fits them, and stay as they are. Raises ProfileError, or EstimatorError where a phase
+    was not measured.
     """
     try:
         profile = Profile.from_json(Path(path).read_bytes())
@@ -43,12 +41,9 @@ def load_machine(path: str | os.PathLike[str], num_layers: int | None = None) ->
                 "pass --num-layers"
             )
         num_layers = int(found[1])
-    estimator = Estimator.fit(profile.samples, profile.key.sms)
-    guard = Guard(profile.cells) if profile.cells else Guard.of_samples(estimator, profile.samples)
+    latencies = Latencies.of(profile, num_layers)
     measured = {sample.partition for sample in profile.samples if not sample.partition.exclusive}
-    return Machine(
-        _table(profile.key.sms, measured), Latencies(estimator, guard, num_layers), num_layers
-    )
+    return Machine(_table(profile.key.sms, measured), latencies, num_layers)
 
 
 def _table(total_sms: int, measured: set[Split]) -> PartitionTable:

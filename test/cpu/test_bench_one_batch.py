@@ -265,6 +265,8 @@ class TestPlacement:
 class TimedRun:
     """Layers that take 1 ms in decode, 10 ms in prefill."""
 
+    indivisible = False
+
     def __init__(self, batch):
         self.layer_s = 0.001 if batch.is_decode else 0.01
 

@@ -262,7 +262,7 @@ def test_padded_sizes_take_what_they_are_padded_to(estimator):
     padded = Estimator.fit(profile(7), SMS, prefill_sizes=(128, 1024))
     short, full = PrefillShape(129, 0, 0), PrefillShape(1024, 0, 0)
     assert padded.prefill_s(short, SMS) == padded.prefill_s(full, SMS)
-    assert padded.prefill_s(short, 100) < padded.prefill_s(full, 100)  # no graphs there
+    assert padded.prefill_s(short, 100) == padded.prefill_s(full, 100)
     assert padded.fused_s(DecodeShape(1, 1000), PrefillShape(128, 0, 0)) == padded.fused_s(
         DecodeShape(1, 1000), PrefillShape(1023, 0, 0)
     )

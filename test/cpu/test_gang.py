@@ -37,6 +37,7 @@ class Prefill:
     steps: int
     log: list[tuple]
     cancelled: bool = False
+    indivisible: bool = False
     tokens: int = 10
     due_s: float = math.inf
 

@@ -22,7 +22,7 @@ def request(rid: str = "r", prompt_len: int = 3, **sampling) -> Request:
 
 def take(outbox: Outbox, item: Request, *tokens: int) -> None:
     for token in tokens:
-        item.append(token, now_s=0.0)
+        item.append(token)
         outbox.note(item)
 
 

@@ -100,6 +100,9 @@ class FakeTarget:
         self._fail("bench")
         return bench_result()
 
+    def timeline(self, seconds):
+        return {"seconds": seconds, "policy": self.policy}
+
     def last_words(self):
         return "out of memory"
 
@@ -183,6 +186,15 @@ def rows_of(comparison, tmp_path, target, **options):
 
 
 class TestRun:
+    def test_timelines_are_kept_if_wanted(self, comparison, tmp_path):
+        folder = tmp_path / "timelines"
+        folder.mkdir()
+        rows, _ = rows_of(comparison, tmp_path, FakeTarget([]), timelines=folder)
+        kept = {row["timeline"]: row["policy"] for row in rows}
+        assert len(kept) == len(rows)
+        for name, policy in kept.items():
+            assert json.loads((folder / name).read_text())["policy"] == policy
+
     def test_windows_switch_warm_up_and_measure(self, comparison, tmp_path):
         log = []
         rows, replacements = rows_of(comparison, tmp_path, FakeTarget(log))

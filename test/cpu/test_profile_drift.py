@@ -22,7 +22,7 @@ from drift_scheduler.estimator import Estimator
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import TimedWork, VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
-from drift_scheduler.profile import Kind, Profile, Sample, Split
+from drift_scheduler.profile import Kind, PaddedSizes, Profile, Sample, Split
 from drift_scheduler.profile_grid import Limits
 from drift_scheduler.profiler import DecodeBatch, PrefillBatch, Repetitions
 from drift_scheduler.shapes import DecodeShape, PrefillShape
@@ -35,7 +35,7 @@ from sglang.srt.model_executor.bring_up import bring_up
 from sglang.srt.model_executor.prefill_graphs import TOKEN_SIZES
 from sglang.srt.profiling import calibrate
 from sglang.srt.profiling.calibrate import key_of, latencies_for, limits_of
-from sglang.srt.profiling.graph_sizes import graph_sizes
+from sglang.srt.profiling.graph_sizes import padded_sizes
 from sglang.srt.profiling.key import cache_path, profile_key
 from sglang.srt.profiling.meter import EngineMeter, riding
 from sglang.srt.profiling.nvml import NvmlClock, device_clock, open_clock
@@ -54,6 +54,8 @@ TABLE = PartitionTable(132, (SPLIT,))
 
 class TimedRun:
     """Layers of 1 ms for each request that decodes and 10 ms for each prompt."""
+
+    indivisible = False
 
     def __init__(self, batch, slices):
         self.layer_s = 0.001 * batch.decode_reqs + 0.01 * (len(batch.rows) - batch.decode_reqs)
@@ -325,10 +327,10 @@ class TestKey:
         assert {path.parent for path in paths} == {tmp_path}
 
 
-class TestGraphSizes:
+class TestPaddedSizes:
     def test_none_without_graphs(self):
         runner = types.SimpleNamespace(graphs=None, prefill_graphs={}, slot_table=torch.zeros(5, 8))
-        assert graph_sizes(TABLE, runner) == ((), ())
+        assert padded_sizes(TABLE, runner) == PaddedSizes()
 
     def test_sizes_are_asked_of_the_graphs(self):
         decode = types.SimpleNamespace(
@@ -340,7 +342,7 @@ class TestGraphSizes:
             prefill_graphs={(Phase.PREFILL, 0): prefill},
             slot_table=torch.zeros(9, 8),
         )
-        assert graph_sizes(TABLE, runner) == (
+        assert padded_sizes(TABLE, runner) == PaddedSizes(
             (1, 2, 4),
             tuple(size for size in TOKEN_SIZES if size <= 512),
         )

@@ -112,7 +112,7 @@ def test_prompts_that_ride_in_decode_steps(
     launch: Callable[..., Any], smollm2: Path, reference: Reference, texts: list[str]
 ) -> None:
     """A server that never divides its device: short prompts, and two that take several steps."""
-    policy = ["--enable-pd-multiplex", "--pd-multiplex-policy=chunked:64"]
+    policy = ["--enable-mixed-chunk", "--chunked-prefill-size=64"]
     server = launch(
         smollm2, *policy, "--dtype=float32", "--context-length=1024", "--max-total-tokens=8K"
     ).ready()

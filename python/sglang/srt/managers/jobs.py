@@ -57,6 +57,10 @@ class PrefillBatch:
         )
 
     @property
+    def indivisible(self) -> bool:
+        return self.run.indivisible
+
+    @property
     def cancelled(self) -> bool:
         return all(fill.request.finish is not None for fill in self.fills)
 

@@ -262,6 +262,7 @@ class Scheduler:
 def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Connection) -> None:
     """Process main. Returns after Shutdown; whatever it raises ends the server."""
     from sglang.srt.managers.engine_parts import build_engine
+    from sglang.srt.profiling.calibrate import keep_what_was_learnt
 
     log = SchedulerLog(server_args.decode_log_interval)
 
@@ -329,6 +330,7 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
             inbox.close()
             to_tokenizer.close()
             to_detokenizer.close()
+            keep_what_was_learnt(server_args, executor.latencies)
     executor.close()
 
 

@@ -103,6 +103,8 @@ class FakeRunner:
 class FakeRun:
     """One batch. Slices must come in order and without gaps."""
 
+    indivisible = False
+
     def __init__(self, runner: FakeRunner, batch: HostBatch) -> None:
         self._runner = runner
         self._batch = batch

@@ -1,6 +1,9 @@
-"""What a GPU server captures at start: decode steps on all lanes, short prefills on whole ones."""
+"""What a GPU server captures at start: decode steps, short prefills, fused steps."""
 
 from __future__ import annotations
+
+import logging
+import time
 
 import torch
 from tqdm import tqdm
@@ -17,6 +20,8 @@ from sglang.srt.model_executor.prefill_graphs import (
     PrefillBounds,
     PrefillGraphs,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def capture_graphs(
@@ -40,20 +45,52 @@ def capture_graphs(
     attention.reserve(max_reqs, config.context_length)
     torch.cuda.synchronize(pool.keys.device)  # its counters are zero before any lane sees them
     _capture_decode(runner, lanes, pool, attention, max_reqs)
-    sizes = [size for size in TOKEN_SIZES if size <= min(max_tokens, config.context_length)]
-    whole = table.whole.index
-    prefills = {}
-    for phase in (Phase.PREFILL, Phase.DECODE) if fuses else (Phase.PREFILL,):
-        decode_reqs = max_reqs if phase is Phase.DECODE else 0
+    _capture_prefill(runner, lanes, pool, attention, max_reqs, max_tokens, fuses)
+
+
+def _capture_prefill(
+    runner: ModelRunner,
+    lanes: LaneProvider,
+    pool: DeviceKVPool,
+    decode_attention: TritonAttention,
+    max_reqs: int,
+    max_tokens: int,
+    fuses: bool,
+) -> None:
+    """On every prefill lane or, where attention cannot be captured, on none; and fused steps."""
+    table, context_length = lanes.table, runner.model.config.context_length
+    sizes = [size for size in TOKEN_SIZES if size <= min(max_tokens, context_length)]
+    wanted = [(Phase.PREFILL, index, 0) for index in range(len(table))]
+    if fuses:
+        wanted.append((Phase.DECODE, table.whole.index, max_reqs))
+    found: dict[LaneKey, PrefillGraphs] = {}
+    for phase, index, decode_reqs in wanted:
         graphs = _prefill_graphs(
-            runner, pool, attention, (phase, whole), sizes, max_decode_reqs=decode_reqs
+            runner, pool, decode_attention, (phase, index), sizes, max_decode_reqs=decode_reqs
         )
-        if graphs is not None:
-            prefills[phase, whole] = graphs
-    with tqdm(total=len(prefills) * len(sizes), desc="Capturing prefill graphs") as bar:
-        for (phase, _), graphs in prefills.items():
-            graphs.capture(lanes.lane(phase, table.whole), bar.update)
-    runner.use_prefill_graphs(prefills)
+        if graphs is None:
+            return
+        found[phase, index] = graphs
+    device = pool.keys.device
+    started_s = time.perf_counter()
+    free_before, total = torch.cuda.mem_get_info(device)
+    # Work of one phase runs in order whatever its lane, so its graphs may share their memory.
+    memory = {phase: torch.cuda.graph_pool_handle() for phase in Phase}
+    with tqdm(total=len(found) * len(sizes), desc="Capturing prefill graphs") as bar:
+        for (phase, index), graphs in found.items():
+            graphs.capture(lanes.lane(phase, table[index]), memory[phase], bar.update)
+    runner.use_prefill_graphs(found)
+    taken = free_before - torch.cuda.mem_get_info(device)[0]
+    logger.info(
+        "Captured %d graphs of up to %d prompt tokens on %d lanes in %.1f s, %.2f GB, %.1f %% of "
+        "the device's memory",
+        len(found) * len(sizes),
+        sizes[-1],
+        len(found),
+        time.perf_counter() - started_s,
+        taken / 1e9,
+        100 * taken / total,
+    )
 
 
 def _capture_decode(

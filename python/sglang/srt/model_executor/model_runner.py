@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.prefill_graphs import PrefillGraphs
 
 LaneKey = tuple[Phase, int]
+WHOLE_PREFILL: LaneKey = (Phase.PREFILL, 0)
 
 
 class LaneKernels(NamedTuple):
@@ -46,6 +47,11 @@ class LaneKernels(NamedTuple):
 
 class Run(Protocol):
     """A batch on its way through the model."""
+
+    @property
+    def indivisible(self) -> bool:
+        """Whether all its layers are to be one slice: a graph has them."""
+        ...
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
         """Layers first..last-1; embeds before layer 0 and samples after the last."""
@@ -104,7 +110,8 @@ class ModelRunner:
         self.graphs = graphs
 
     def use_prefill_graphs(self, graphs: Mapping[LaneKey, PrefillGraphs]) -> None:
-        """From now on short batches that prefill replay a graph where their lane has one."""
+        """From now on short batches that prefill replay a graph where their lane has one: every
+        prefill lane, or none."""
         self.prefill_graphs = dict(graphs)
 
     def update_slot_table(self, index: torch.Tensor, slots: torch.Tensor) -> None:
@@ -159,6 +166,11 @@ class ModelRun:
         self._state: HiddenState | None = None
         self._context: LayerContext | None = None
         self._result = runner.new_result(batch)
+
+    @property
+    def indivisible(self) -> bool:
+        graphs = self._runner.prefill_graphs.get(WHOLE_PREFILL)
+        return graphs is not None and self._fits(graphs)
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
         key = lane.phase, lane.partition.index
@@ -226,6 +238,10 @@ class GraphedStep:
         self._graphs = graphs
         self._host = batch
         self._result = runner.new_result(batch)
+
+    @property
+    def indivisible(self) -> bool:
+        return True
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
         assert (first, last) == (0, self._runner.num_layers), "a decode step is not sliced"

@@ -1,8 +1,8 @@
-"""PrefillGraphs: short batches that prefill on the whole device, as CUDA graphs.
+"""PrefillGraphs: short batches that prefill, and fused steps, as CUDA graphs.
 
 Up to about a thousand tokens a layer takes the GPU no longer than its launches take the host. Such
-a batch is padded to the next of a few sizes, and all layers are one launch. Longer batches, and
-slices of layers on a part of the device, keep the GPU busy while the host launches the next ones.
+a batch is padded to the next of a few sizes, and all layers are one launch. Longer batches keep
+the GPU busy while the host launches the next layers.
 
 What the layers read is copied to fixed places before each replay: ids, positions and slots of the
 tokens, and attention's plan. Padding stores to the scratch slot and is attended by nothing.
@@ -11,8 +11,6 @@ tokens, and attention's plan. Padding stores to the scratch slot and is attended
 from __future__ import annotations
 
 import bisect
-import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +23,6 @@ from sglang.srt.layers.matmul.base import Matmul
 from sglang.srt.mem_cache.slot_table import PADDING_ROW
 from sglang.srt.model_executor.forward_batch import ForwardBatch
 from sglang.srt.models.base import CausalLM, HiddenState, LayerContext
-
-logger = logging.getLogger(__name__)
 
 # A tile of attention is 128 tokens, and so is one of most matrix products.
 TOKEN_SIZES = (128, 256, 384, 512, 640, 768, 1024)
@@ -86,29 +82,19 @@ class PrefillGraphs:
             and decode_reqs <= bounds.decode_reqs
         )
 
-    def capture(self, lane: Lane, on_progress: Callable[[], None] = lambda: None) -> None:
-        """Captures every size on the lane, largest first so that the pool is sized once."""
-        started_s = time.perf_counter()
-        device = self._slot_table.device
-        free_before, total = torch.cuda.mem_get_info(device)
-        pool = torch.cuda.graph_pool_handle()
+    def capture(
+        self, lane: Lane, memory: Any, on_progress: Callable[[], None] = lambda: None
+    ) -> None:
+        """Captures every size on the lane, largest first so that the pool is sized once.
+
+        memory: a torch.cuda.graph_pool_handle(), shared with graphs whose replays never overlap
+        these.
+        """
         for size in reversed(self._sizes):
-            lane.launch(lambda size=size: self._capture_one(size, pool)).wait(  # type: ignore[misc]
+            lane.launch(lambda size=size: self._capture_one(size, memory)).wait(  # type: ignore[misc]
                 CAPTURE_LIMIT_S
             )
             on_progress()
-        free_after, _ = torch.cuda.mem_get_info(device)
-        taken = free_before - free_after
-        logger.info(
-            "Captured %d prefill graphs of up to %d tokens on the %s lane in %.1f s, %.2f GB,"
-            " %.1f %% of the device's memory",
-            len(self._graphs),
-            self._sizes[-1],
-            lane.phase.value,
-            time.perf_counter() - started_s,
-            taken / 1e9,
-            100 * taken / total,
-        )
 
     def replay(self, input_ids: torch.Tensor, batch: ForwardBatch) -> HiddenState:
         """Embeds input_ids [tokens] i64 and runs all layers, on the current stream, which is the

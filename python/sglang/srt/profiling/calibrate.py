@@ -9,6 +9,7 @@ neither            a brief calibration, kept for the next start
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -16,8 +17,7 @@ from pathlib import Path
 import torch
 
 from drift_scheduler.clock import ClockRatio
-from drift_scheduler.estimator import Estimator, EstimatorError
-from drift_scheduler.guard import Guard
+from drift_scheduler.estimator import EstimatorError
 from drift_scheduler.lane import LaneProvider
 from drift_scheduler.latencies import Latencies
 from drift_scheduler.partition import PartitionTable
@@ -27,7 +27,7 @@ from drift_scheduler.profile_pace import Costs
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.lane_kernels import choose_attention_backend
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.profiling.graph_sizes import graph_sizes
+from sglang.srt.profiling.graph_sizes import padded_sizes
 from sglang.srt.profiling.key import cache_path, profile_key
 from sglang.srt.profiling.nvml import device_clock
 from sglang.srt.profiling.session import measure_within
@@ -140,7 +140,8 @@ def _calibrate(
         torch.cuda.empty_cache()
     logger.info("Calibrated the latency model in %.1f s", time.monotonic() - started_s)
     # As the next start will read it, so that both fit the very same rows in the same order.
-    return Profile.from_json(Profile(key, session.samples).to_json())
+    profile = Profile(key, session.samples, sizes=padded_sizes(lanes.table, runner))
+    return Profile.from_json(profile.to_json())
 
 
 def _cached(path: Path, key: ProfileKey) -> Profile | None:
@@ -165,16 +166,23 @@ def _fitted(
     profile: Profile, table: PartitionTable, runner: ModelRunner, clock: ClockRatio | None
 ) -> Latencies:
     """Raises EstimatorError if the profile says nothing of a phase."""
-    sizes = graph_sizes(table, runner)
-    estimator = Estimator.fit(
-        profile.samples,
-        table.total_sms,
-        decode_sizes=sizes.decode_sizes,
-        prefill_sizes=sizes.prefill_sizes,
-    )
-    # The cells of a guard that has served know its samples too.
-    guard = Guard(profile.cells) if profile.cells else Guard.of_samples(estimator, profile.samples)
-    return Latencies(estimator, guard, runner.num_layers, clock)
+    sizes = padded_sizes(table, runner)
+    return Latencies.of(profile, runner.num_layers, sizes=sizes, clock=clock)
+
+
+def keep_what_was_learnt(args: ServerArgs, latencies: Latencies | None) -> None:
+    """With --drift-profile-save: what the guard has seen goes to the profile it started from."""
+    path = args.drift_profile
+    if not args.drift_profile_save or path is None or latencies is None:
+        return
+    cells = tuple(latencies.guard.rows())
+    try:
+        profile = Profile.from_json(Path(path).read_bytes())
+        dataclasses.replace(profile, cells=cells).save(path)
+    except (OSError, ProfileError) as error:
+        logger.warning("--drift-profile-save: %s", error)
+    else:
+        logger.info("%d rows of the contention guard are kept in %s", len(cells), path)
 
 
 def _recommend_profile() -> None:

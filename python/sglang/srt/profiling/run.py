@@ -8,14 +8,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from drift_scheduler.estimator import Estimator
+from drift_scheduler.latencies import Latencies
 from drift_scheduler.profile import Profile
 from drift_scheduler.profile_grid import Effort, grid, held_out
 from drift_scheduler.profile_pace import Costs
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.bring_up import Executor, bring_up
 from sglang.srt.profiling.calibrate import key_of, limits_of
-from sglang.srt.profiling.graph_sizes import graph_sizes
+from sglang.srt.profiling.graph_sizes import padded_sizes
 from sglang.srt.profiling.key import cache_path
 from sglang.srt.profiling.meter import CLOCK_INTERVAL_S, engine_meter
 from sglang.srt.profiling.nvml import device_clock
@@ -97,16 +97,14 @@ def _measure(options: ProfileOptions, executor: Executor) -> tuple[Profile, Find
             title="Checking",
             shows_progress=options.show_progress,
         )
-    profile = Profile(key_of(args, lanes, runner), tuple(fitted.samples))
-    sizes = graph_sizes(lanes.table, runner)
-    estimator = Estimator.fit(
-        profile.samples,
-        lanes.table.total_sms,
-        decode_sizes=sizes.decode_sizes,
-        prefill_sizes=sizes.prefill_sizes,
+    profile = Profile(
+        key_of(args, lanes, runner),
+        tuple(fitted.samples),
+        sizes=padded_sizes(lanes.table, runner),
+        checked=tuple(checked.samples),
     )
     findings = Findings(
-        estimator=estimator,
+        estimator=Latencies.of(profile, runner.num_layers).estimator,
         fitted=fitted.samples,
         checked=checked.samples,
         seconds=time.monotonic() - started_s,

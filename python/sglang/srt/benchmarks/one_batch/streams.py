@@ -130,7 +130,8 @@ class PrefillRun:
 
 
 class PrefillStream:
-    """The same prefill again and again, in slices of `slice_layers` layers.
+    """The same prefill again and again, in slices of `slice_layers` layers; as one if it is short
+    enough for a graph.
 
     With slices of all layers a prefill is one launch, and the next one is launched behind it only
     when it is done, as in serving, where its tokens decide what comes next.
@@ -181,7 +182,8 @@ class PrefillStream:
         while (
             self._run and self._next_layer < layers and len(self._in_flight) < MAX_SLICES_IN_FLIGHT
         ):
-            first, last = self._next_layer, min(self._next_layer + self._slice_layers, layers)
+            asked = layers if self._run.indivisible else self._slice_layers
+            first, last = self._next_layer, min(self._next_layer + asked, layers)
             after = [self._in_flight[-1].ticket] if self._in_flight else []
             host = _Stopwatch()
             ticket = self._lane.launch(self._run.slice_work(self._lane, first, last), after)
