@@ -33,6 +33,7 @@ class Backlog:
         self._by_due: list[tuple[float, float, str]] = []
         self._by_arrival: list[tuple[float, str]] = []
         self.new_tokens = 0  # of all of them
+        self._begun: str | None = None
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -51,12 +52,21 @@ class Backlog:
         insort(self._by_due, (prompt.due_s, prompt.arrival_s, prompt.key))
         insort(self._by_arrival, (prompt.arrival_s, prompt.key))
         self.new_tokens += prompt.new
+        if prompt.begun:
+            self._begun = prompt.key
 
     def remove(self, key: str) -> None:
         prompt = self._prompts.pop(key)
         del self._by_due[bisect_left(self._by_due, (prompt.due_s, prompt.arrival_s, key))]
         del self._by_arrival[bisect_left(self._by_arrival, (prompt.arrival_s, key))]
         self.new_tokens -= prompt.new
+        if key == self._begun:
+            self._begun = None
+
+    @property
+    def begun(self) -> Prompt | None:
+        """The half-filled prompt, if there is one."""
+        return None if self._begun is None else self._prompts[self._begun]
 
     def first_due(self, after_s: float, limit: int) -> list[Prompt]:
         """Up to `limit` prompts due at `after_s` or later, the most urgent first."""

@@ -16,8 +16,27 @@ from drift_scheduler.profiler import DecodeBatch, Point, PrefillBatch
 
 LONGEST_CONTEXT = 8192
 MAX_PROMPTS = 4  # in one prefill batch
-NEW_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-BEHIND_CACHED = (256, 1024, 4096)
+# Short batches are padded to multiples of 128 tokens; longer ones end in a tile of 128.
+NEW_TOKENS = (
+    64,
+    128,
+    256,
+    384,
+    512,
+    640,
+    768,
+    1024,
+    1280,
+    1536,
+    2048,
+    2200,
+    3072,
+    4096,
+    6144,
+    8192,
+)
+# Not multiples of attention's tiles, so that a fit can tell how large those are.
+BEHIND_CACHED = (100, 400, 1024, 4096)
 CACHED_TOKENS = (4096, 16384, 32768)
 REQUESTS = (1, 4, 8, 16, 32, 64, 128, 256)
 FUSED_NEW = (64, 128, 256, 512, 1024, 2048)

@@ -31,15 +31,12 @@ def by_due_time(backlog: Backlog, now_s: float, seconds: Seconds) -> list[Prompt
     urgent = [prompt for prompt in backlog.first_due(now_s, LOOK_AHEAD) if not prompt.deferred]
     oldest = [prompt for prompt in backlog.oldest(LOOK_BACK) if not prompt.deferred]
     in_time, given_up = fewest_late(urgent, now_s, seconds)
-    late = sorted([*given_up, *oldest], key=_begun_then_oldest)
-    order = [*in_time, *late]
+    late = sorted([*given_up, *oldest], key=lambda prompt: prompt.arrival_s)
+    begun = backlog.begun
+    order = [*in_time, *([begun] if begun else []), *late]
     if int(now_s / SLOT_S) % LATE_TURN == 0:
         order = [*(prompt for prompt in oldest if _overdue(prompt, now_s)), *order]
     return _begun_first(list({prompt.key: prompt for prompt in order}.values()))
-
-
-def _begun_then_oldest(prompt: Prompt) -> tuple[bool, float]:
-    return not prompt.begun, prompt.arrival_s
 
 
 def _begun_first(order: list[Prompt]) -> list[Prompt]:

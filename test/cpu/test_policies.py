@@ -207,6 +207,14 @@ def test_only_short_prompts_overtake_a_half_filled_one():
     assert order == ["short", "begun", "long", "later"]
 
 
+def test_a_half_filled_prompt_is_never_lost_sight_of():
+    """Late, and younger than all the others that are late: without it no long one could go on."""
+    late = [prompt(f"late{i:02}", due_s=1.0, arrival_s=0.01 * i) for i in range(40)]
+    begun = prompt("begun", new=9000, due_s=1.0, arrival_s=0.9, begun=True)
+    order = by_due_time(backlog(*late, begun), 5.0, lambda _: 0.1)
+    assert order[0] is begun
+
+
 def test_deferred_prompts_are_left_out():
     waiting = backlog(prompt("twin", deferred=True), prompt("other", due_s=9.0))
     assert [entry.key for entry in by_due_time(waiting, 0.0, lambda _: 0.1)] == ["other"]

@@ -150,10 +150,17 @@ def compare(runner, lane, batch, monkeypatch):
     assert error(keys, expected_keys) < 1e-2
 
 
+@pytest.mark.parametrize("partition", [0, 1], ids=["whole", "split"])
 @pytest.mark.parametrize("prefill", ALONE, ids=str)
-def test_prompts_alone(runner, lanes, prefill, monkeypatch):
-    lane = lanes.lane(Phase.PREFILL, lanes.table.whole)
+def test_prompts_alone(runner, lanes, prefill, partition, monkeypatch):
+    lane = lanes.lane(Phase.PREFILL, lanes.table[partition])
     compare(runner, lane, batch_of([], prefill), monkeypatch)
+
+
+def test_lanes_that_share_memory_leave_each_other_alone(runner, lanes, monkeypatch):
+    for partition, new in ((0, 1000), (1, 130), (0, 60), (1, 700)):
+        lane = lanes.lane(Phase.PREFILL, lanes.table[partition])
+        compare(runner, lane, batch_of([], [(40, new)]), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -180,5 +187,8 @@ def test_what_does_not_fit_runs_eagerly(runner, lanes):
     assert not alone.takes(100, 2, 1)
     assert fused.takes(1000, MAX_REQS + 32, MAX_REQS)
     assert not fused.takes(1000, MAX_REQS + 2, MAX_REQS + 1)
-    split = lanes.table.splits[0].index
-    assert (Phase.PREFILL, split) not in runner.prefill_graphs
+    assert set(runner.prefill_graphs) == {
+        (Phase.PREFILL, 0),
+        (Phase.PREFILL, 1),
+        (Phase.DECODE, 0),
+    }
