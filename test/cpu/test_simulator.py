@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from drift_scheduler.dispatcher import Admission, Forecast, Plan
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.factory import PolicyFactory
+from drift_scheduler.policies.order import LATE_TURN, PATIENCE_S, SLOT_S
 from drift_scheduler.simulation.cluster import Cluster, ClusterSpec, SimulationStuckError
 from drift_scheduler.simulation.engine import EngineLimits
 from drift_scheduler.simulation.goodput import find_goodput
@@ -434,8 +435,39 @@ POLICIES = (
     "adaptive",
     "adaptive:split-only",
     "adaptive:fused-only",
+    "adaptive:turns-only",
+    "adaptive:no-slices,no-polling",
 )
 KV_TOKENS = 6 * BLOCK_TOKENS
+
+
+class Lawful:
+    """A dispatcher of which every plan is looked at: it owns the SMs it launches on, launches no
+    more than there is, and pre-empts neither nobody nor what has pre-empted another."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def admit(self, view, now_s):
+        admission = self._inner.admit(view, now_s)
+        if admission is not None:
+            assert admission.preempts == (view.prefill is not None)
+            assert not (admission.preempts and view.parked)
+            assert not admission.preempts or view.prefill.layers_left
+            assert all(key in view.backlog for key in (*(admission.order or ()), *admission.shed))
+        return admission
+
+    def dispatch(self, view, now_s):
+        plan = self._inner.dispatch(view, now_s)
+        assert plan.partition in (TABLE.whole, *TABLE.splits)
+        assert plan.prefill_layers <= (view.prefill.layers_left if view.prefill else 0)
+        assert not plan.fused_tokens or view.prefill is None
+        assert not plan.decode or view.decode_in_flight < 2
+        if not plan.partition.exclusive:
+            assert view.running
+            assert view.prefill
+        return plan
+
 
 requests_strategy = st.lists(
     st.tuples(
@@ -461,7 +493,7 @@ def test_every_request_ends_once_and_memory_is_never_exceeded(
     asked, name, sheds, noise_sigma, prefill_tokens
 ):
     bench = Bench(
-        policy(name, sheds=sheds),
+        Lawful(policy(name, sheds=sheds)),
         slo=Slo(1.0, 0.002, 0.06),
         noise=Noise(noise_sigma, 7),
         kv_tokens=KV_TOKENS,
@@ -482,6 +514,17 @@ def test_every_request_ends_once_and_memory_is_never_exceeded(
     held = set(bench.cached)
     assert len(bench.cached) - len(bench.evicted) <= KV_TOKENS // BLOCK_TOKENS
     assert held >= set(bench.evicted)
+
+
+def test_a_late_prompt_is_served_within_its_bound_however_many_fresh_ones_come():
+    """Fresh prompts alone are more than the device can do, and all of them could be in time."""
+    bench = Bench(Lawful(policy("adaptive")), slo=Slo(0.5, 0.0, 0.2), prefill_tokens=220)
+    bench.ask("large", 2000, 1)  # 2 s: late from the start
+    for number in range(400):
+        bench.ask(f"small{number:03}", 110, 1, at_s=0.1 * (number + 1))
+    bench.run_until(45.0)
+    waited_s = bench.heard.done["large"].pace.first_s
+    assert waited_s < 2 * PATIENCE_S + LATE_TURN * SLOT_S + 4.0
 
 
 @settings(max_examples=100, deadline=None)
