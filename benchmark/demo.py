@@ -234,7 +234,9 @@ def main(server_flags: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     progress = Progress(sys.stdout)
-    server = ServerProcess(model, ["--enable-pd-multiplex", *server_flags])
+    # On a small machine taking turns may be the better way; the demo is to show both at once.
+    multiplex = ["--enable-pd-multiplex", "--pd-multiplex-policy=adaptive:split-only"]
+    server = ServerProcess(model, [*multiplex, *server_flags])
     problems: list[str] = []
     try:
         problems += asyncio.run(run(server, model, progress))

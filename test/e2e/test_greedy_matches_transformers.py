@@ -47,11 +47,15 @@ class ColdRun:
 
 @pytest.fixture(scope="module")
 def cold(server: Any, texts: list[str], ask: Callable[..., list[Answered]]) -> ColdRun:
-    """Every prompt answered with an empty cache behind it."""
+    """Every prompt answered with an empty cache behind it, the phases side by side."""
+    policy = server.client.http.get("/pd_multiplex/policy").json()
+    side_by_side = {"policy": "adaptive:split-only"}
+    server.client.http.post("/pd_multiplex/policy", json=side_by_side).raise_for_status()
     server.client.flush_cache()
     before_s = server.client.state()["pd_multiplex"]["both_busy_s"]
     answers = ask(texts, NEW_TOKENS)
     after_s = server.client.state()["pd_multiplex"]["both_busy_s"]
+    server.client.http.post("/pd_multiplex/policy", json=policy).raise_for_status()
     return ColdRun(answers, after_s - before_s)
 
 

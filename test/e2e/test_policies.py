@@ -51,9 +51,12 @@ def plain(under: Any) -> list[Answered]:
 
 @pytest.mark.parametrize(
     "policy",
-    ["adaptive", "adaptive:fused-only", "adaptive:turns-only", "static:1/1", "temporal", "table"],
+    ["adaptive", "adaptive:fused-only", "adaptive:turns-only", "static", "temporal", "table"],
 )
-def test_a_policy_changes_no_token(under: Any, plain: list[Any], policy: str) -> None:
+def test_a_policy_changes_no_token(server: Any, under: Any, plain: list[Any], policy: str) -> None:
+    if policy == "static":
+        split = server.client.state()["pd_multiplex"]["partitions"][1]
+        policy = f"static:{split['prefill_sms']}/{split['decode_sms']}"
     answers, _ = under(policy)
     assert [answered.output for answered in answers] == plain
 

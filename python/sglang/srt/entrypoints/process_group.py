@@ -30,6 +30,7 @@ from sglang.srt.messages import Handshake, Refused, decoder_for, encode
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _KILL_LIMIT_S = 1.0
 
 
@@ -85,7 +86,12 @@ class ProcessGroup:
             process = spawn.Process(
                 target=_child, args=(spec, theirs, os.getpid()), name=spec.name, daemon=True
             )
-            process.start()
+            # A child that is being handed its work would find half of it if we left now.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
             theirs.close()
             self._children.append(_Child(spec.name, process, ours))
 
@@ -172,6 +178,7 @@ def _child(spec: ChildSpec, ready: Connection, parent_pid: int) -> None:
     # A terminal or service manager signals the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     _set_title(spec.name)
     configure_logging(spec.log_level, spec.name)
     try:
