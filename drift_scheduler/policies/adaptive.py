@@ -21,6 +21,7 @@ from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.latency_model import LatencyModel
 from drift_scheduler.policies.modes import (
     ALL_MODES,
+    FUSED_STEP_TOKENS,
     Choice,
     Mode,
     Riding,
@@ -69,7 +70,8 @@ class _Memo:
 class Adaptive:
     """See the module.
 
-    max_batch_tokens: new tokens of a prefill batch. sheds: prompts that cannot have their first
+    max_batch_tokens: new tokens of a prefill batch. max_step_tokens: of a fused step, those of
+    running requests included. sheds: prompts that cannot have their first
     token in time any more, even alone on the device, are refused instead of served late.
 
     For ablations: modes, the ways that may be chosen; slices, whether a batch beside decode is
@@ -81,6 +83,7 @@ class Adaptive:
     num_layers: int
     max_batch_tokens: int
     decode_depth: int = 2
+    max_step_tokens: int = FUSED_STEP_TOKENS[-1]
     sheds: bool = False
     modes: frozenset[Mode] = ALL_MODES
     slices: bool = True
@@ -205,6 +208,7 @@ class Adaptive:
                 modes,
                 riding,
                 indivisible=view.prefill is not None and view.prefill.indivisible,
+                max_step_tokens=self.max_step_tokens,
             )
             if choice is not None:
                 return choice

@@ -10,7 +10,7 @@ from drift_scheduler.policies.adaptive import DEFAULT_TBT_S, Adaptive
 from drift_scheduler.policies.by_batch_size import SplitByBatchSize, even_thresholds
 from drift_scheduler.policies.chunked import Chunked
 from drift_scheduler.policies.latency_model import LatencyModel, WithoutGuard
-from drift_scheduler.policies.modes import Mode
+from drift_scheduler.policies.modes import FUSED_STEP_TOKENS, Mode
 from drift_scheduler.policies.names import (
     AdaptiveSpec,
     ChunkedSpec,
@@ -31,7 +31,8 @@ class PolicyFactory:
 
     model: None where latencies are not known; then adaptive and temporal are refused.
     max_batch_tokens: new tokens of a prefill batch, and of a step of "chunked" without a number.
-    decode_depth: 2 launches a step while the one before it runs, 1 does not. sheds: see Adaptive.
+    decode_depth: 2 launches a step while the one before it runs, 1 does not. max_step_tokens,
+    sheds: see Adaptive.
     thresholds: of "table", one a split; even ones up to batch_size_for_last if None.
     """
 
@@ -40,6 +41,7 @@ class PolicyFactory:
     num_layers: int
     max_batch_tokens: int
     decode_depth: int = 2
+    max_step_tokens: int = FUSED_STEP_TOKENS[-1]
     sheds: bool = False
     default_tbt_s: float = DEFAULT_TBT_S
     thresholds: tuple[int, ...] | None = None
@@ -71,6 +73,7 @@ class PolicyFactory:
             self.num_layers,
             self.max_batch_tokens,
             decode_depth=self.decode_depth,
+            max_step_tokens=self.max_step_tokens,
             sheds=self.sheds,
             modes=spec.modes if self.table.splits else spec.modes - {Mode.SPLIT},
             slices=spec.slices,

@@ -67,12 +67,13 @@ def best_mode(
     riding: Riding | None = None,
     *,
     indivisible: bool = False,
+    max_step_tokens: int = FUSED_STEP_TOKENS[-1],
 ) -> Choice | None:
     """The highest rate among the ways whose decode step ends within limit_s even at worst.
 
     prefill: the prompt tokens to compute. riding: the first so many of them, which ride in a fused
-    step; if None, an even part of all. indivisible: all layers of the batch are one launch. None
-    if no way is fast enough.
+    step; if None, an even part of all. indivisible: all layers of the batch are one launch.
+    max_step_tokens: of a fused step in all. None if no way is fast enough.
     """
     choices: list[Choice] = []
     if Mode.SPLIT in modes:
@@ -82,7 +83,8 @@ def best_mode(
         choices += _turns(model, table, decode, prefill, limit_s, num_layers, least)
     if Mode.FUSED in modes:
         part = riding or partial(_even_part, prefill)
-        choices += _fusings(model, table, decode, part, prefill.tokens, limit_s)
+        sizes = _riding_tokens(decode.requests, prefill.tokens, max_step_tokens)
+        choices += _fusings(model, table, decode, part, sizes, limit_s)
     return max(choices, key=lambda choice: choice.rate, default=None)
 
 
@@ -158,20 +160,25 @@ def _turns(
         yield Choice(Mode.TURNS, table.whole, rate, step, layer, layers=layers)
 
 
+def _riding_tokens(requests: int, most: int, max_step_tokens: int) -> list[int]:
+    """How many prompt tokens may ride in a step of so many requests, rising."""
+    sizes: list[int] = []
+    for step_tokens in FUSED_STEP_TOKENS:
+        tokens = min(step_tokens - requests, most)
+        if step_tokens <= max_step_tokens and tokens >= min(MIN_FUSED_TOKENS, most):
+            sizes.append(tokens)
+    return sorted(set(sizes))
+
+
 def _fusings(
     model: LatencyModel,
     table: PartitionTable,
     decode: DecodeShape,
     riding: Riding,
-    most: int,
+    sizes: list[int],
     limit_s: float,
 ) -> Iterator[Choice]:
     """The largest of those that meet the deadline: larger steps take longer, and compute more."""
-    sizes: list[int] = []
-    for step_tokens in FUSED_STEP_TOKENS:
-        tokens = min(step_tokens - decode.requests, most)
-        if tokens >= min(MIN_FUSED_TOKENS, most) and tokens not in sizes:
-            sizes.append(tokens)
     steps: dict[int, Forecast] = {}
 
     def too_slow(tokens: int) -> bool:

@@ -258,6 +258,15 @@ def test_with_slack_prompts_ride_in_the_step():
     assert plan.step.worst_s <= 0.05 - HOST_S
 
 
+def test_a_fused_step_is_no_larger_than_may_be():
+    fused = frozenset({Mode.FUSED})
+    view = load(prompt("a", new=8000, due_s=5.0), tbt_s=1.0)
+    free = dataclasses.replace(ADAPTIVE, modes=fused).dispatch(view, 0.0)
+    bound = dataclasses.replace(ADAPTIVE, modes=fused, max_step_tokens=1024).dispatch(view, 0.0)
+    assert free.fused_tokens + view.running == 2048
+    assert bound.fused_tokens + view.running == 1024
+
+
 def test_a_request_that_joins_late_is_waited_for_less():
     def gap_s(plan):
         turn = plan.prefill_layers * plan.layer.worst_s if plan.partition.exclusive else 0.0

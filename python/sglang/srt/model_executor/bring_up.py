@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.pdmux_config import PdmuxConfig
 from sglang.srt.profiling.calibrate import latencies_for
+from sglang.srt.profiling.graph_sizes import padded_sizes
 from sglang.srt.profiling.nvml import NvmlClock, device_clock
 from sglang.srt.server_args import ServerArgs, resolve_device
 
@@ -153,6 +155,9 @@ def bring_up(args: ServerArgs) -> Executor:
         )
         clock_reader = device_clock(device, on_reading=clock.feed)
     policies = make_policies(args, lanes, latencies, config.num_layers, prefill_tokens)
+    if captured := padded_sizes(lanes.table, runner).prefill:
+        # A larger step is launched kernel by kernel: the host is kept from finished ones so long.
+        policies = dataclasses.replace(policies, max_step_tokens=captured[-1])
     return Executor(
         config=config,
         lanes=lanes,
