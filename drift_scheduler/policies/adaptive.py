@@ -88,7 +88,7 @@ class Adaptive:
     modes: frozenset[Mode] = ALL_MODES
     slices: bool = True
     polls: bool = True
-    _memo: _Memo = field(default_factory=_Memo, repr=False, compare=False)
+    _memo: _Memo = field(default_factory=_Memo, init=False, repr=False, compare=False)
 
     def admit(self, view: LoadView, now_s: float) -> Admission | None:
         if view.prefill is not None:
