@@ -74,7 +74,7 @@ def test_names_fall_back_to_the_model():
         (["--disable-overlap-schedule"], "disable_overlap_schedule", True),
         (["--enable-mixed-chunk"], "enable_mixed_chunk", True),
         (["--slo-tbt-ms", "12.5"], "slo_tbt_ms", 12.5),
-        (["--slo-overload", "shed"], "slo_overload", "shed"),
+        (["--enable-pdmux", "--slo-overload", "shed"], "slo_overload", "shed"),
         (["--enable-metrics"], "enable_metrics", True),
         (["--enable-pdmux", "--drift-profile", "p.json"], "drift_profile", "p.json"),
     ],
@@ -247,7 +247,7 @@ def test_service_classes_of_the_config_file(yaml_file):
     )
     args = parse("--config", path, "--slo-ttft-ms", "800")
     assert args.slo_classes == {"chat": {"ttft_ms": 400.0}, "batch": {"tbt_ms": 1000.0}}
-    assert args.default_slo() == Slo(ttft_s=0.8, tbt_s=0.05)
+    assert args.service_levels().default.slo == Slo(ttft_s=0.8, tbt_s=0.05)
     levels = args.service_levels()
     assert levels.resolve("chat") == ServiceLevel(Slo(ttft_s=0.4, tbt_s=0.05), "chat")
     assert levels.resolve("batch") == ServiceLevel(Slo(ttft_s=0.8, tbt_s=1.0), "batch")
@@ -260,13 +260,15 @@ def test_service_classes_made_in_python_are_checked_too():
 
 
 def test_without_flags_nothing_is_asked_of_time():
-    assert parse().default_slo() == Slo()
+    assert parse().service_levels().default.slo == Slo()
 
 
 def test_a_limit_for_each_token_holds_without_one_for_the_prompt():
-    slo = parse("--slo-ttft-ms-per-token", "2").default_slo()
+    slo = parse("--slo-ttft-ms-per-token", "2").service_levels().default.slo
     assert [slo.ttft_limit_s(tokens) for tokens in (1, 1000)] == [0.002, 2.0]
-    both = parse("--slo-ttft-ms-per-token", "2", "--slo-ttft-ms", "500").default_slo()
+    both = (
+        parse("--slo-ttft-ms-per-token", "2", "--slo-ttft-ms", "500").service_levels().default.slo
+    )
     assert [both.ttft_limit_s(tokens) for tokens in (1, 1000)] == [0.5, 2.0]
 
 
@@ -417,6 +419,20 @@ def test_unknown_policies_are_named(policy, message):
 def test_a_step_is_not_larger_than_a_prefill_batch():
     with pytest.raises(ConfigError, match=r"^--max-prefill-tokens 511 is less than the 512 tokens"):
         parse(*CHUNKED, "--max-prefill-tokens", "511")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("--enable-pdmux", "--pd-multiplex-policy", "table"),
+        ("--enable-pdmux", "--enable-mixed-chunk"),
+    ],
+)
+def test_only_adaptive_sheds(argv):
+    with pytest.raises(ConfigError, match=r"^--slo-overload shed needs .* adaptive"):
+        parse(*argv, "--slo-overload", "shed")
+    parse("--enable-pdmux", "--pd-multiplex-policy", "adaptive:no-guard", "--slo-overload=shed")
 
 
 def test_mixed_chunks_contradict_other_policies():

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import msgspec
 
 from drift_scheduler.policies.names import ChunkedSpec, parse_policy
-from drift_scheduler.slo import Slo
 from sglang.srt.errors import ConfigError
 from sglang.srt.flags import (
     Flag,
@@ -32,7 +31,7 @@ from sglang.srt.flags import (
 from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import PdmuxConfig
 from sglang.srt.service_levels import KEYS as SLO_KEYS
-from sglang.srt.service_levels import ServiceLevels, checked_classes, problem_of, slo_of
+from sglang.srt.service_levels import ServiceLevels, checked_classes, problem_of
 from sglang.srt.upstream_flags import UNSUPPORTED_FLAGS
 from sglang.version import __version__
 
@@ -227,7 +226,7 @@ class ServerArgs:
     slo_overload: Literal["queue", "shed"] = flag(
         "queue",
         "What becomes of a request that can no longer have its first token in time: it waits on, "
-        "or gets 503.",
+        "or gets 503; the latter with policy adaptive only.",
         group=_SLO,
     )
 
@@ -356,10 +355,6 @@ class ServerArgs:
             text or ("chunked" if self.enable_mixed_chunk else "adaptive"), pdmux
         )
 
-    def default_slo(self) -> Slo:
-        """What is asked for a request that says nothing of time itself."""
-        return slo_of(self._default_limits_ms())
-
     def service_levels(self) -> ServiceLevels:
         """What requests may ask of time, by class or by themselves."""
         return ServiceLevels(self._default_limits_ms(), self.slo_classes)
@@ -446,6 +441,15 @@ class ServerArgs:
             not mixed or self.chunked_prefill_size != -1,
             "enable_mixed_chunk",
             "cuts prompts, --chunked-prefill-size -1 never does: leave one of them out",
+        )
+        adaptive = self.enable_pdmux and (
+            not mixed if policy is None else policy.partition(":")[0] == "adaptive"
+        )
+        _require(
+            self.slo_overload == "queue" or adaptive,
+            "slo_overload",
+            "shed needs --enable-pd-multiplex with --pd-multiplex-policy adaptive: no other policy "
+            "knows which first tokens will be late",
         )
         if policy is None:
             return

@@ -12,13 +12,19 @@ from sglang.bench.options import BenchOptions
 from sglang.srt.benchmarks.engine_flags import EngineFlags
 from sglang.srt.server_args import ServerArgs
 
-# All prompts arrive at once, and nothing is logged but the result.
+# All prompts arrive at once and are in no hurry, and nothing is logged but the result.
 _WITHOUT = (
     "max_queued_requests",
     "log_level_http",
     "log_requests",
     "log_requests_level",
     "decode_log_interval",
+    "enable_metrics",
+    "drift_profile_save",
+    "slo_ttft_ms",
+    "slo_ttft_ms_per_token",
+    "slo_tbt_ms",
+    "slo_overload",
 )
 # Flags of bench_serving that say which prompts and answers are wanted.
 _BENCH_PREFIXES = ("--dataset-", "--random-", "--gsp-", "--mooncake-", "--mt-bench-", "--sharegpt-")
