@@ -20,8 +20,10 @@ _FOLDS = 6
 # What a bend costs, against a squared relative error: a straight line from few or noisy samples,
 # or one that follows every knee.
 _STIFFNESS = (3e-4, 3e-3, 3e-2)
-# A causal prompt attends to half of its own square: how firmly a is held near b / 2. Prompts run
-# alone do not tell a from f, for their squares follow from their sizes.
+# The same of h; the last leaves it straight.
+_ATTENTION_STIFFNESS = (3e-4, 3e-3, 3e-2, 1e3)
+# A causal prompt attends to half of its own square: how firmly a is held near half of h's last
+# slope. Prompts run alone do not tell a from f, for their squares follow from their sizes.
 _CAUSAL = 1e-2
 # How firmly fused steps are held to what decode and prefill cost.
 _KNOWN = 1e-2
@@ -67,6 +69,7 @@ class _Setting(NamedTuple):
     tiles: Tiles
     attention_tile: int
     stiffness: float
+    attention_stiffness: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +110,8 @@ class Curves:
     attention_tile: int
     of_size: Line
     of_context: Line
+    of_new: Line
     per_square: float
-    per_cross: float
-    per_reused: float
 
     def seconds(self, size: int, context: int, prompts: PrefillShape) -> float:
         seconds = self.of_size(self.tiles.whole(size))
@@ -122,8 +124,8 @@ class Curves:
     def attention(self, prompts: PrefillShape) -> float:
         seconds = self.per_square * prompts.squares
         if prompts.cross:
-            cross, reused = _attended(prompts, self.attention_tile)
-            seconds += self.per_cross * cross + self.per_reused * reused
+            new, reused = _behind_cached(prompts, self.attention_tile)
+            seconds += self.of_new(new) * reused
         return seconds
 
     def scaled(self, factor: float) -> Curves:
@@ -131,9 +133,8 @@ class Curves:
             self,
             of_size=self.of_size.scaled(factor),
             of_context=self.of_context.scaled(factor),
+            of_new=self.of_new.scaled(factor),
             per_square=self.per_square * factor,
-            per_cross=self.per_cross * factor,
-            per_reused=self.per_reused * factor,
         )
 
     def with_context(self, other: Curves) -> Curves:
@@ -141,14 +142,13 @@ class Curves:
         return replace(self, of_context=other.of_context)
 
 
-def _attended(prompts: PrefillShape, tile: int) -> tuple[float, float]:
-    """(sum(n * r) with n in whole tiles, sum(r)), as far as the sums of a batch tell."""
+def _behind_cached(prompts: PrefillShape, tile: int) -> tuple[int, float]:
+    """(n in whole tiles, sum(r)), with n the mean of the prompts and sum(r) as far as the sums of
+    a batch tell."""
     if not prompts.cross:
-        return 0.0, 0.0
+        return 0, 0.0
     reused = prompts.cross / prompts.tokens * prompts.requests
-    if tile == 1:
-        return prompts.cross, reused
-    return reused * (-(-prompts.tokens // (prompts.requests * tile)) * tile), reused
+    return -(-prompts.tokens // (prompts.requests * tile)) * tile, reused
 
 
 def fit_by_sms(
@@ -200,28 +200,32 @@ def refit_fused(fused: Sequence[Point], known: Curves) -> Curves:
         known,
         of_size=known.of_size.scaled(by_size).raised(constant, per_row),
         of_context=known.of_context.scaled(by_context),
+        of_new=known.of_new.scaled(by_attention),
         per_square=known.per_square * by_attention,
-        per_cross=known.per_cross * by_attention,
-        per_reused=known.per_reused * by_attention,
     )
 
 
 def _setting(
     groups: Collection[Sequence[Point]], tiles: Sequence[Tiles], attention_tiles: Sequence[int]
 ) -> _Setting:
-    """The tiles, then the stiffness, with the least error on points left out; the plainest where
+    """The tiles, then how stiff lines are, with the least error on points left out; the plainest where
     there are too few."""
     testable = [points for points in groups if len(points) >= 2 * _FOLDS]
     if not testable:
-        return _Setting(_EXACT, 1, max(_STIFFNESS))
+        return _Setting(_EXACT, 1, max(_STIFFNESS), max(_ATTENTION_STIFFNESS))
 
     def error(setting: _Setting) -> float:
         return _left_out_error(testable, setting)
 
     middle = sorted(_STIFFNESS)[len(_STIFFNESS) // 2]
     pairs = itertools.product(tiles, attention_tiles)
-    best = min((_Setting(rows, tile, middle) for rows, tile in pairs), key=error)
-    return min((best._replace(stiffness=stiffness) for stiffness in _STIFFNESS), key=error)
+    # A line that may bend hides which tiles it is counted in.
+    straight = max(_ATTENTION_STIFFNESS)
+    best = min((_Setting(rows, tile, middle, straight) for rows, tile in pairs), key=error)
+    best = min((best._replace(stiffness=stiffness) for stiffness in _STIFFNESS), key=error)
+    if len(attention_tiles) == 1:
+        return best
+    return min((best._replace(attention_stiffness=s) for s in _ATTENTION_STIFFNESS), key=error)
 
 
 def _left_out_error(groups: Iterable[Sequence[Point]], setting: _Setting) -> float:
@@ -239,39 +243,46 @@ def _left_out_error(groups: Iterable[Sequence[Point]], setting: _Setting) -> flo
 
 
 def _fit(points: Sequence[Point], setting: _Setting) -> Curves:
-    tiles, tile, stiffness = setting
+    tiles, tile, stiffness, attention_stiffness = setting
     seconds = np.array([point.seconds for point in points])
     sizes = np.array([tiles.whole(point.size) for point in points], dtype=float)
     contexts = np.array([point.context for point in points], dtype=float)
+    squares = np.array([point.prompts.squares for point in points], dtype=float)
+    cached = np.array([_behind_cached(point.prompts, tile) for point in points], dtype=float)
+    new, reused = cached[:, 0], cached[:, 1]
+    behind = reused > 0
     size_knots = np.unique(sizes)
     context_knots = _context_knots(contexts)
+    # Fewer tokens than were measured cost what the line goes down to at a single tile.
+    new_knots = np.unique([float(tile), *new[behind]])
     size_columns = _pieces(size_knots, sizes)
     context_columns = _pieces(context_knots, contexts)[:, 1:]
-    linear = np.array([(p.prompts.squares, *_attended(p.prompts, tile)) for p in points])
-    rows = np.hstack([size_columns, context_columns, linear]) / seconds[:, None]
+    new_columns = _pieces(new_knots, new) * reused[:, None]
+    columns = np.hstack([size_columns, context_columns, new_columns, squares[:, None]])
+    rows = columns / seconds[:, None]
     width = rows.shape[1]
-    at_size = size_columns.shape[1]
-    at_linear = at_size + context_columns.shape[1]
+    at_context = size_columns.shape[1]
+    at_new = at_context + context_columns.shape[1]
+    per_token = np.divide(seconds, reused, out=np.ones_like(seconds), where=behind)
     extra = [
         *_bends(size_knots, sizes, seconds, 1, width, stiffness),
-        *_bends(context_knots, contexts, seconds, at_size, width, stiffness),
+        *_bends(context_knots, contexts, seconds, at_context, width, stiffness),
+        *_bends(new_knots, new[behind], per_token[behind], at_new + 1, width, attention_stiffness),
     ]
     causal = np.zeros(width)
-    causal[at_linear : at_linear + 2] = np.array([2.0, -1.0]) * rows[:, at_linear].max()
+    causal[-2:] = np.array([-1.0, 2.0]) * rows[:, -1].max()
     extra.append(causal * math.sqrt(_CAUSAL))
     # Something is left for a batch of next to nothing: no forecast is 0.
     least_s = _LEAST * float(seconds.min())
     target = np.concatenate([1 - least_s / seconds, np.zeros(len(extra))])
     found = nnls(np.vstack([rows, *extra]), target)
-    per_square, per_cross, per_reused = (float(value) for value in found[at_linear:])
     return Curves(
         tiles,
         tile,
-        _line(size_knots, found[:at_size]).raised(least_s),
-        _line(context_knots, np.concatenate([[0.0], found[at_size:at_linear]])),
-        per_square,
-        per_cross,
-        per_reused,
+        of_size=_line(size_knots, found[:at_context]).raised(least_s),
+        of_context=_line(context_knots, np.concatenate([[0.0], found[at_context:at_new]])),
+        of_new=_line(new_knots, found[at_new:-1]),
+        per_square=float(found[-1]),
     )
 
 

@@ -9,18 +9,19 @@ The form is Drift's (equations 1 and 2), with n new and r cached tokens of each 
 fitted per regime. Where the published predictor has three regimes of sum(n), each with its own c
 and d, every two neighbouring sizes that were measured bound a regime here, and the pieces meet:
 
-    prefill   a*sum(n^2) + b*sum(n*r) + e*sum(r) + f(sum(n))
+    prefill   a*sum(n^2) + h(n)*sum(r) + f(sum(n))
     decode    g(context) + f(requests)
-    fused     a*sum(n^2) + b*sum(n*r) + e*sum(r) + g(context) + f(requests + sum(n))
+    fused     a*sum(n^2) + h(n)*sum(r) + g(context) + f(requests + sum(n))
 
-f and g are piecewise linear and never fall. That gives a short batch, which costs what its weights
-do, its plateau, and a matrix product the slope of its kernel. e*sum(r) is what reading cached keys
-costs a prompt too short to be bound by arithmetic; sum(r) is taken as the mean r, weighted by n,
-for every request. No coefficient is negative.
+f, g and h are piecewise linear and never fall. That gives a short batch, which costs what its
+weights do, its plateau, and a matrix product the slope of its kernel. h is what attending to one
+cached token costs n new ones: reading its key where they are few, b*n where arithmetic binds. n is
+the mean of a batch's prompts, and sum(r) the mean r, weighted by n, for each of them. No
+coefficient is negative.
 
 What is minimised is the relative error: the sum of (predicted / measured - 1)^2, plus a little for
-each bend of f and g, so that few samples give straight lines and many give knees. How much a bend
-costs, and whether f counts in whole tiles of a matrix product and n*r in whole tiles of attention,
+each bend of a line, so that few samples give straight lines and many give knees. How much a bend
+costs, and whether f counts in whole tiles of a matrix product and h in whole tiles of attention,
 is decided by how well samples that were left out are predicted.
 
 Sizes that are padded before they run (to those of CUDA graphs) are padded before they are looked

@@ -18,9 +18,9 @@ from drift_scheduler.profiler import DecodeBatch, Meter, Point, PrefillBatch, Re
 
 # From the pace we want down to the least that still says something.
 PACES = (
-    Repetitions(20, 3),
-    Repetitions(12, 3),
-    Repetitions(12, 2),
+    Repetitions(16, 3, settle_s=0.1),
+    Repetitions(12, 3, settle_s=0.1),
+    Repetitions(12, 2, settle_s=0.1),
     Repetitions(6, 1),
     Repetitions(3, 1),
 )
@@ -128,6 +128,9 @@ class Costs:
         decode_s, prefill_s = self._step_s(point), self._run_s(point)
         steps = WARM_UP + repetitions.decode_steps
         runs = WARM_UP + repetitions.prefill_runs
+        if point.prefill and not point.side_by_side:
+            again = repetitions.settled_runs(decode_s + prefill_s if point.fused else prefill_s)
+            runs += WARM_UP + again if again else 0
         if point.fused:
             return OVERHEAD_S + runs * (decode_s + prefill_s)
         if point.side_by_side:

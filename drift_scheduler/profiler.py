@@ -6,8 +6,10 @@ repeated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from drift_scheduler.partition import Partition
@@ -97,13 +99,28 @@ class Measured:
     layers: int = 0
 
 
+MAX_PREFILL_RUNS = 12
+
+
 @dataclass(frozen=True, slots=True)
 class Repetitions:
     """Timed runs of a point, one warm-up before them not counted: decode steps (fused ones are
-    prefills in this respect) and whole prefills."""
+    prefills in this respect) and whole prefills.
+
+    settle_s: a prefill that is over sooner is run again, as often as fills that time, and only
+    then does it count. A few short runs say more of the clock that the work before them left than
+    of themselves.
+    """
 
     decode_steps: int
     prefill_runs: int
+    settle_s: float = 0.0
+
+    def settled_runs(self, seconds: float) -> int:
+        """How often a prefill that takes so long is to be run again; 0 if it need not be."""
+        if not seconds * self.prefill_runs < self.settle_s:
+            return 0
+        return min(MAX_PREFILL_RUNS, math.ceil(self.settle_s / max(seconds, 1e-6)))
 
     def __str__(self) -> str:
         return f"{self.decode_steps} decode steps, {self.prefill_runs} prefills"
@@ -160,13 +177,19 @@ def measure_one(meter: Meter, point: Point, repetitions: Repetitions) -> list[Sa
         step = meter.decode(partition, decode, repetitions.decode_steps)
         return [_sample(Kind.DECODE, point, step)]
     if decode is None:
-        run = meter.prefill(partition, prefill, repetitions.prefill_runs)
+        run = _settled(partial(meter.prefill, partition, prefill), repetitions)
         return [_sample(Kind.PREFILL, point, run)]
     if partition.exclusive:
-        fused = meter.fused(decode, prefill, repetitions.prefill_runs)
+        fused = _settled(partial(meter.fused, decode, prefill), repetitions)
         return [_sample(Kind.FUSED, point, fused)]
     step, run = meter.side_by_side(partition, decode, prefill, repetitions)
     return [_sample(Kind.DECODE, point, step), _sample(Kind.PREFILL, point, run)]
+
+
+def _settled(run: Callable[[int], Measured], repetitions: Repetitions) -> Measured:
+    measured = run(repetitions.prefill_runs)
+    again = repetitions.settled_runs(measured.seconds)
+    return run(again) if again else measured
 
 
 def _sample(kind: Kind, point: Point, measured: Measured) -> Sample:

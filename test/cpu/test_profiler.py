@@ -14,6 +14,7 @@ from drift_scheduler.profile import Kind, Split
 from drift_scheduler.profile_grid import Effort, Limits, grid, held_out
 from drift_scheduler.profile_pace import KEPT_ALONE, PACES, Costs, Pacer, schedule
 from drift_scheduler.profiler import (
+    MAX_PREFILL_RUNS,
     DecodeBatch,
     Measured,
     Point,
@@ -171,6 +172,25 @@ class TestMeasure:
             ("fused", 3),
             ("side by side", Repetitions(7, 3)),
         ]
+
+    def test_a_short_prefill_settles_first(self):
+        short, long = PrefillBatch(64), PrefillBatch(8192)
+        points = [Point(WHOLE, prefill=short), Point(WHOLE, prefill=long)]
+        points += [Point(WHOLE, DecodeBatch(1, 100), short), Point(SPLIT, self.decode, short)]
+        meter = FormulaMeter()
+        repetitions = Repetitions(4, 3, settle_s=0.05)
+        measure(meter, points, lambda point: repetitions, nothing)
+        assert meter.asked == [
+            ("prefill", 3),
+            ("prefill", math.ceil(0.05 / meter.run_s(WHOLE, short))),
+            ("prefill", 3),
+            ("fused", 3),
+            ("fused", math.ceil(0.05 / (meter.step_s(WHOLE, points[2].decode) + 3e-3 + 64 / 36e3))),
+            ("side by side", repetitions),
+        ]
+
+    def test_settling_has_a_limit(self):
+        assert Repetitions(4, 3, settle_s=0.05).settled_runs(1e-9) == MAX_PREFILL_RUNS
 
     def test_progress_comes_before_the_work(self):
         meter = FormulaMeter()
