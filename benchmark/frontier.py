@@ -94,7 +94,7 @@ class Surveyor:
         ways = [
             *self._splits(decode, prefill, note),
             *self._fusings(decode, prefill, note),
-            *turns(step.step.median, prompt.run.median, new_tokens, self._bench.num_layers),
+            *turns(step.step, prompt.run, new_tokens, self._bench.num_layers),
         ]
         return Frontier(decode, prefill, step.step.median, prompt.run.median, tuple(ways))
 
@@ -111,7 +111,7 @@ class Surveyor:
                 self._slice_layers,
             )
             rate = prefill.requests * prefill.new_tokens * prompt.runs_per_s
-            yield Way(Mode.SPLIT, str(split), step.step.median, rate)
+            yield Way(Mode.SPLIT, str(split), step.step.median, step.step.largest, rate)
 
     def _fusings(
         self, decode: DecodeCase, prefill: PrefillCase, note: Callable[[str], None]
@@ -124,7 +124,14 @@ class Surveyor:
             batch = riding(self._placement.decode(decode), self._placement.prefill(chunk))
             step = self._bench.decode(lane, batch)
             rate = tokens * step.steps_per_s
-            yield Way(Mode.FUSED, "whole", step.step.median, rate, fused_tokens=tokens)
+            yield Way(
+                Mode.FUSED,
+                "whole",
+                step.step.median,
+                step.step.largest,
+                rate,
+                fused_tokens=tokens,
+            )
 
 
 def fused_tokens(decode: DecodeCase, prefill: PrefillCase) -> list[int]:

@@ -28,6 +28,18 @@ from benchmark.trace_load import (
 
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 60.0
+# Of every request, kept with the timeline.
+CLIENT_DETAILS = (
+    "conversations",
+    "turns",
+    "start_times",
+    "input_lens",
+    "cached_tokens",
+    "output_lens",
+    "ttfts",
+    "itls",
+    "errors",
+)
 
 
 class Target(Protocol):
@@ -45,7 +57,8 @@ class Target(Protocol):
         ...
 
     def bench(self, load: TraceLoad, limit_s: float) -> dict[str, Any]:
-        """bench_serving's result, from an empty cache. Raises LoadError."""
+        """bench_serving's result with the details of each request, from an empty cache. Raises
+        LoadError."""
         ...
 
     def timeline(self, seconds: float) -> dict[str, Any]:
@@ -85,6 +98,7 @@ class ServedModel:
     def bench(self, load: TraceLoad, limit_s: float) -> dict[str, Any]:
         flags = [*client_flags(self.base_url, self._ordinary_ids), *load.bench_flags()]
         flags += ["--flush-cache", f"--extra-request-body={json.dumps({'slo': load.slo})}"]
+        flags += ["--output-details"]
         return run_bench(flags, limit_s, quiet=True)
 
     def timeline(self, seconds: float) -> dict[str, Any]:
@@ -194,6 +208,7 @@ class Run:
         row = measured(load, result, before, target.state())
         if self._timelines is not None:
             timeline = target.timeline(result["duration"])
+            timeline["client"] = {name: result[name] for name in CLIENT_DETAILS if name in result}
             name = re.sub(r"[^\w.]+", "-", f"{policy} {point}")
             path = self._timelines / f"{name}.json"
             path.write_text(json.dumps(timeline), encoding="utf-8")

@@ -208,8 +208,8 @@ def refit_fused(fused: Sequence[Point], known: Curves) -> Curves:
 def _setting(
     groups: Collection[Sequence[Point]], tiles: Sequence[Tiles], attention_tiles: Sequence[int]
 ) -> _Setting:
-    """The tiles, then how stiff lines are, with the least error on points left out; the plainest where
-    there are too few."""
+    """The tiles, then how stiff lines are, with the least error on points left out; the plainest
+    where there are too few."""
     testable = [points for points in groups if len(points) >= 2 * _FOLDS]
     if not testable:
         return _Setting(_EXACT, 1, max(_STIFFNESS), max(_ATTENTION_STIFFNESS))

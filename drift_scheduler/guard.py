@@ -4,22 +4,22 @@ Drift's contention guard keeps, for each cell of a grid of shapes and partitions
 slowdown of decode beside prefill. This one keeps it for prefill too, and for work that runs alone
 or fused, where it covers what the prediction is off by.
 
-Sizes fall into buckets of powers of two. A cell holds two factors on the solo prediction:
+Sizes fall into buckets of powers of two. A cell holds the mean of recent ratios of what was seen
+to the solo prediction, and all cells of one kind of work and partition share a margin on it:
 
-worst       A larger ratio raises it at once; it falls by a factor of FALL at an observation, and
-            never below the largest of the last WINDOW to 2 * WINDOW observations. So, whatever
-            the noise is like, the next one exceeds it with a chance of less than 1 / WINDOW
-            while nothing changes. Time plays no part: what is not seen is not forgotten. In its
-            first window a cell also stays some spreads above the mean.
-expected    A mean of recent ratios.
+expected    solo * the cell's mean
+worst       solo * the cell's mean * the margin
 
-A ratio of more than ABSURD times a cell's worst is taken for an accident (a page fault, another
-process), and only believed when the next observation of the cell is as bad; then the smaller of
-the two counts.
+A run that takes longer than the worst case raises the margin by RISE, every other one lowers it a
+little. The two balance where OVERRUNS of all runs overrun, whatever their times are distributed
+like and however that changes: adaptive conformal inference (Gibbs and Candes, NeurIPS 2021), here
+in proportions. A single accident, a page fault or another process, moves the margin by RISE and no
+more; to the mean a ratio beyond ABSURD times the worst case counts only if the next one of its cell
+is as bad.
 
 A cell that was not seen answers as the nearest one of its partition does, by the distance of the
 buckets; failing that as the nearest one of any partition; failing that with a default. It begins
-with that answer when it is first seen, and falls from there.
+with that answer when it is first seen, as if it had been seen STAND_IN times.
 """
 
 from __future__ import annotations
@@ -32,23 +32,19 @@ from drift_scheduler.estimator import Estimator
 from drift_scheduler.profile import GuardCell, Kind, Sample, Split
 from drift_scheduler.shapes import DecodeShape, PrefillShape
 
-WINDOW = 256
-FALL = 0.999
+OVERRUNS = 0.005
+RISE = 0.03
+_FALL = 1 - RISE * OVERRUNS / (1 - OVERRUNS)
 ABSURD = 1.5
-# Below 1 only as far as a prediction may be too long for a shape.
-LEAST_WORST = 0.98
 # An older ratio's weight in `expected`, once there are enough.
 RECALL = 1 / 64
-# Mean absolute deviations above the mean: of a normal distribution, one in 1,400 is beyond.
-YOUNG_SPREADS = 4.0
-ENOUGH_FOR_A_SPREAD = 8
-# A profile's sample is the median of several runs: single ones are slower.
+STAND_IN = 2
+# A sample of which only the median of several runs is known: single ones are slower.
 OVER_A_MEDIAN = 1.05
 
-DEFAULT_WORST_BESIDE = 1.30
-DEFAULT_EXPECTED_BESIDE = 1.15
-DEFAULT_WORST_ALONE = 1.05
-DEFAULT_EXPECTED_ALONE = 1.0
+DEFAULT_BESIDE = 1.15
+DEFAULT_MARGIN_BESIDE = 1.13
+DEFAULT_MARGIN_ALONE = 1.05
 
 # Plain tuples, for they are made and hashed in every forecast. Buckets: tokens, cached tokens of a
 # prompt, requests, context; -1 where there is no such phase.
@@ -62,91 +58,75 @@ _Question = tuple[Kind, _Shares, _Buckets]
 _NOBODY = -1
 
 
+class Margin:
+    """By what factor a run may exceed what is expected of it."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = max(1.0, factor)
+
+    def observe(self, ratio: float) -> None:
+        """A run took `ratio` times as long as expected."""
+        self.factor = max(1.0, self.factor * (1 + RISE if ratio > self.factor else _FALL))
+
+
 class Cell:
     """What one bucket of shapes was seen to take, as factors on the solo prediction.
 
-    worst_mhz, expected_mhz: the clock of the SMs when each was seen, if known; see clock.py.
+    clock_mhz: of the SMs meanwhile, if known; see clock.py.
     """
 
-    __slots__ = (
-        "_absurd",
-        "_last_max",
-        "_now_max",
-        "_now_seen",
-        "_spread",
-        "expected",
-        "expected_mhz",
-        "observations",
-        "worst",
-        "worst_mhz",
-    )
+    __slots__ = ("_absurd", "clock_mhz", "expected", "margin", "observations")
 
     def __init__(
         self,
-        worst: float,
         expected: float,
+        margin: Margin,
         observations: int = 0,
         clock_mhz: float | None = None,
     ) -> None:
-        self.worst = worst
-        self.worst_mhz = clock_mhz
         self.expected = expected
-        self.expected_mhz = clock_mhz
+        self.margin = margin
         self.observations = observations
+        self.clock_mhz = clock_mhz
         self._absurd: float | None = None  # the last ratio, if it was
-        # Largest ratio of the window so far and of the one before, with their clocks.
-        self._now_max: tuple[float, float | None] = (LEAST_WORST, clock_mhz)
-        self._last_max: tuple[float, float | None] | None = None
-        self._now_seen = 0
-        self._spread = 0.0
 
-    def observe(self, ratio: float, clock_mhz: float | None) -> None:
-        if ratio > ABSURD * self.worst:
+    @property
+    def worst(self) -> float:
+        return self.expected * self.margin.factor
+
+    def observe(self, ratio: float, clock_mhz: float | None) -> bool:
+        """Whether the ratio exceeds the worst case, of which it is part from now on."""
+        expected = self.expected * slowdown(self.clock_mhz, clock_mhz)
+        worst = expected * self.margin.factor
+        self.margin.observe(ratio / expected)
+        if ratio > ABSURD * worst:
             before, self._absurd = self._absurd, ratio
-            if before is None:
-                return
-            ratio = min(before, ratio)
-        self._absurd = None
-        self._refine_expected(ratio, clock_mhz)
-        self._refine_worst(ratio, clock_mhz)
+            if before is not None:
+                self._absurd = None
+                self._refine(min(before, ratio), clock_mhz)
+        else:
+            self._absurd = None
+            self._refine(ratio, clock_mhz)
+        return ratio > worst
 
-    def _refine_expected(self, ratio: float, clock_mhz: float | None) -> None:
+    def _refine(self, ratio: float, clock_mhz: float | None) -> None:
         weight = max(RECALL, 1 / (self.observations + 1))
         self.observations += 1
         self.expected += weight * (ratio - self.expected)
-        self._spread += weight * (abs(ratio - self.expected) - self._spread)
         if clock_mhz is not None:
-            known = clock_mhz if self.expected_mhz is None else self.expected_mhz
-            self.expected_mhz = known + weight * (clock_mhz - known)
-
-    def _refine_worst(self, ratio: float, clock_mhz: float | None) -> None:
-        if self.worst_mhz is None:
-            self.worst_mhz = clock_mhz
-        if ratio >= self._now_max[0]:
-            self._now_max = (ratio, clock_mhz)
-        candidates = [(self.worst * FALL, self.worst_mhz), self._now_max]
-        if self._last_max is not None:
-            candidates.append(self._last_max)
-        elif self._now_seen >= ENOUGH_FOR_A_SPREAD:
-            # A maximum of few says little.
-            candidates.append((self.expected + YOUNG_SPREADS * self._spread, self.expected_mhz))
-        self.worst, self.worst_mhz = max(candidates, key=_ratio)
-        self._now_seen += 1
-        if self._now_seen == WINDOW:
-            self._last_max, self._now_max = self._now_max, (LEAST_WORST, clock_mhz)
-            self._now_seen = 0
-
-
-def _ratio(seen: tuple[float, float | None]) -> float:
-    return seen[0]
+            known = clock_mhz if self.clock_mhz is None else self.clock_mhz
+            self.clock_mhz = known + weight * (clock_mhz - known)
 
 
 class _Group:
-    """The cells of one family and partition."""
+    """The cells of one family and partition. margin: of all of them; None while there is none."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
         self.cells: dict[_Buckets, Cell] = {}
+        self.margin: Margin | None = None
 
 
 class Guard:
@@ -161,26 +141,34 @@ class Guard:
         """Observations that took longer than the worst case at the time."""
         for row in cells:
             group = self._group(_family_of(row), row.partition)
+            group.margin = group.margin or Margin(1.0)
+            group.margin.factor = max(group.margin.factor, row.worst / row.expected)
             group.cells[_buckets_of(row)] = Cell(
-                row.worst, row.expected, row.observations, row.clock_mhz
+                row.expected, group.margin, row.observations, row.clock_mhz
             )
 
     @classmethod
     def of_samples(cls, estimator: Estimator, samples: Iterable[Sample]) -> Guard:
         """A guard that has seen a profile's samples, alone and beside the other phase."""
         guard = cls()
-        seen: dict[tuple[_Family, Split, _Buckets], list[tuple[float, float | None]]] = {}
+        seen: dict[tuple[_Family, Split, _Buckets], list[Sample]] = {}
         for sample in samples:
-            ratio = sample.seconds / estimator.solo_s(sample)
             family = _family(sample.kind, sample.decode, sample.prefill)
             key = (family, sample.partition, _buckets(sample.decode, sample.prefill))
-            seen.setdefault(key, []).append((ratio, sample.clock_mhz))
+            seen.setdefault(key, []).append(sample)
         for (family, split, buckets), found in seen.items():
-            worst, clock_mhz = max(found, key=_ratio)
-            expected = sum(ratio for ratio, _ in found) / len(found)
-            worst = max(worst * OVER_A_MEDIAN, LEAST_WORST)
-            cell = Cell(worst, expected, len(found), clock_mhz)
-            guard._group(family, split).cells[buckets] = cell
+            ratios = [sample.seconds / estimator.solo_s(sample) for sample in found]
+            expected = sum(ratios) / len(ratios)
+            worst = max(
+                ratio * (sample.slowest_s / sample.seconds if sample.slowest_s else OVER_A_MEDIAN)
+                for ratio, sample in zip(ratios, found, strict=True)
+            )
+            clocks = [sample.clock_mhz for sample in found if sample.clock_mhz is not None]
+            clock_mhz = sum(clocks) / len(clocks) if clocks else None
+            group = guard._group(family, split)
+            group.margin = group.margin or Margin(1.0)
+            group.margin.factor = max(group.margin.factor, worst / expected)
+            group.cells[buckets] = Cell(expected, group.margin, len(found), clock_mhz)
         return guard
 
     def cell(
@@ -220,14 +208,15 @@ class Guard:
             raise ValueError(f"ratio={ratio} must be positive and finite")
         cell = self.cell(kind, partition, decode, prefill)
         self.observations += 1
-        self.overruns += ratio > cell.worst * slowdown(cell.worst_mhz, clock_mhz)
         family = _family(kind, decode, prefill)
         group = self._group(family, partition)
         buckets = _buckets(decode, prefill)
         if buckets not in group.cells:
             self._forget_answers(group, kind)
-            cell = group.cells[buckets] = Cell(cell.worst, cell.expected, 0, cell.worst_mhz)
-        cell.observe(ratio, clock_mhz)
+            group.margin = group.margin or Margin(cell.margin.factor)
+            cell = Cell(cell.expected, group.margin, STAND_IN, cell.clock_mhz)
+            group.cells[buckets] = cell
+        self.overruns += cell.observe(ratio, clock_mhz)
 
     def rows(self) -> list[GuardCell]:
         """For a profile."""
@@ -263,8 +252,8 @@ class Guard:
         if cell is None:
             beside = family[1]
             cell = Cell(
-                DEFAULT_WORST_BESIDE if beside else DEFAULT_WORST_ALONE,
-                DEFAULT_EXPECTED_BESIDE if beside else DEFAULT_EXPECTED_ALONE,
+                DEFAULT_BESIDE if beside else 1.0,
+                Margin(DEFAULT_MARGIN_BESIDE if beside else DEFAULT_MARGIN_ALONE),
             )
         return cell
 
@@ -328,5 +317,5 @@ def _row(family: _Family, split: Split, buckets: _Buckets, cell: Cell) -> GuardC
         worst=cell.worst,
         expected=cell.expected,
         observations=cell.observations,
-        clock_mhz=cell.worst_mhz,
+        clock_mhz=cell.clock_mhz,
     )

@@ -127,11 +127,9 @@ class Latencies:
     def _forecast(self, solo_s: float, cell: Cell) -> Forecast:
         now_mhz = self._clock_mhz
         expected_s = solo_s * cell.expected
-        worst_s = solo_s * cell.worst
         if now_mhz is not None:
-            expected_s *= slowdown(cell.expected_mhz, now_mhz)
-            worst_s *= slowdown(cell.worst_mhz, now_mhz)
-        return Forecast(expected_s, worst_s)
+            expected_s *= slowdown(cell.clock_mhz, now_mhz)
+        return Forecast(expected_s, expected_s * cell.margin.factor)
 
 
 def _shares(partition: Partition) -> tuple[int, int, bool]:

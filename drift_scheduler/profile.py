@@ -100,8 +100,9 @@ class Sample:
 
     decode, prefill: the work. Both are given for a fused step, and with `beside`, where the other
     phase ran beside the one of `kind` all the while. seconds: of the work of `kind`, for all
-    layers of the model even where fewer were timed. layers: how many were timed, 0 for a decode
-    or fused step, which always runs all of them. clock_mhz: of the SMs meanwhile, if known.
+    layers of the model even where fewer were timed; the median of several runs, of which the
+    slowest took slowest_s, if known. layers: how many were timed, 0 for a decode or fused step,
+    which always runs all of them. clock_mhz: of the SMs meanwhile, if known.
     """
 
     kind: Kind
@@ -112,10 +113,13 @@ class Sample:
     layers: int = 0
     beside: bool = False
     clock_mhz: float | None = None
+    slowest_s: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ValueError(f"seconds={self.seconds} must be positive and finite")
+        if self.slowest_s is not None and not self.seconds <= self.slowest_s < math.inf:
+            raise ValueError(f"slowest_s={self.slowest_s} must be at least {self.seconds}")
         if self.clock_mhz is not None and not self.clock_mhz > 0:
             raise ValueError(f"clock_mhz={self.clock_mhz} must be positive")
         if self.beside and self.kind is Kind.FUSED:

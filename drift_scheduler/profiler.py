@@ -91,12 +91,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """seconds: the median. layers: of a prefill, how many were timed; `seconds` is of all layers
-    even so. clock_mhz: of the SMs meanwhile, where it is known."""
+    """seconds: the median of the runs; slowest_s: the longest, where it is known. layers: of a
+    prefill, how many were timed; both times are of all layers even so. clock_mhz: of the SMs
+    meanwhile, where it is known."""
 
     seconds: float
     clock_mhz: float | None = None
     layers: int = 0
+    slowest_s: float | None = None
 
 
 MAX_PREFILL_RUNS = 12
@@ -202,4 +204,5 @@ def _sample(kind: Kind, point: Point, measured: Measured) -> Sample:
         layers=measured.layers if kind is Kind.PREFILL else 0,
         beside=point.side_by_side,
         clock_mhz=measured.clock_mhz,
+        slowest_s=measured.slowest_s,
     )

@@ -320,3 +320,27 @@ def test_whatever_was_measured_more_work_never_takes_less(batches, steps, fused,
         assert type(less_s) is type(more_s) is float
         assert 0 < less_s <= more_s * (1 + 1e-9)
         assert math.isfinite(more_s)
+
+
+def test_attention_that_is_bound_by_reading_where_few_tokens_attend():
+    """The longer of reading the cached keys and of the arithmetic, not their sum."""
+
+    def seconds(new, cached):
+        attention_s = cached * max(4e-7, 1e-9 * new)
+        return 4e-3 + max(3e-3, 2e-5 * new) + 5e-10 * new**2 + attention_s
+
+    def sample(new, cached):
+        shape = PrefillShape.of([(new, cached)])
+        return Sample(Kind.PREFILL, WHOLE, seconds(new, cached), prefill=shape, layers=4)
+
+    fresh = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+    samples = [sample(new, 0) for new in fresh]
+    samples += [
+        sample(new, cached) for new in (100, 400, 1024, 4096) for cached in (4096, 16384, 32768)
+    ]
+    samples.append(decode_sample(WHOLE, 8, 8000))
+    estimator = Estimator.fit(samples, SMS)
+    for new in (120, 300, 700, 2000, 3000):
+        for cached in (6000, 20_000, 30_000):
+            predicted_s = estimator.prefill_s(PrefillShape.of([(new, cached)]), SMS)
+            assert predicted_s == pytest.approx(seconds(new, cached), rel=0.08)

@@ -6,7 +6,6 @@ in slices of a few layers, the gaps between them included.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -21,7 +20,7 @@ from drift_scheduler.profiler import DecodeBatch, Measured, PrefillBatch, Repeti
 from sglang.srt.benchmarks.completion import rest
 from sglang.srt.benchmarks.one_batch.batches import Placement
 from sglang.srt.benchmarks.one_batch.cases import DecodeCase, PrefillCase
-from sglang.srt.benchmarks.one_batch.measure import Bench
+from sglang.srt.benchmarks.one_batch.measure import Bench, Distribution
 from sglang.srt.benchmarks.one_batch.measure import Repetitions as BenchRepetitions
 from sglang.srt.model_executor.host_batch import HostBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, Runner
@@ -54,14 +53,14 @@ class EngineMeter:
         lane = self._lanes.lane(Phase.DECODE, partition)
         host = self._placement.decode(_decode_case(batch))
         taken = self._bench(decode_steps=max(times, 2)).decode(lane, host)
-        return Measured(taken.step.median / 1e3, self._mhz(started_s))
+        return _measured(taken.step, self._mhz(started_s))
 
     def prefill(self, partition: Partition, batch: PrefillBatch, times: int) -> Measured:
         started_s = time.monotonic()
         lane = self._lanes.lane(Phase.PREFILL, partition)
         host = self._placement.prefill(_prefill_case(batch))
         taken = self._bench(prefill_runs=times).prefill(lane, host, self._slice_layers(partition))
-        return Measured(taken.run.median / 1e3, self._mhz(started_s), self._runner.num_layers)
+        return _measured(taken.run, self._mhz(started_s), self._runner.num_layers)
 
     def fused(self, decode: DecodeBatch, prefill: PrefillBatch, times: int) -> Measured:
         started_s = time.monotonic()
@@ -71,8 +70,8 @@ class EngineMeter:
             self._placement.prefill(_prefill_case(prefill)),
         )
         steps = self._bench().steps(lane, [host] * (WARM_UP + times))
-        seconds = statistics.median(step.span.duration_s for step in steps[WARM_UP:])
-        return Measured(seconds, self._mhz(started_s))
+        taken = Distribution.of([step.span.duration_s for step in steps[WARM_UP:]])
+        return _measured(taken, self._mhz(started_s))
 
     def side_by_side(
         self,
@@ -92,8 +91,8 @@ class EngineMeter:
         )
         mhz = self._mhz(started_s)
         return (
-            Measured(step.step.median / 1e3, mhz),
-            Measured(run.run.median / 1e3, mhz, self._runner.num_layers),
+            _measured(step.step, mhz),
+            _measured(run.run, mhz, self._runner.num_layers),
         )
 
     def _bench(self, decode_steps: int = 2, prefill_runs: int = 1) -> Bench:
@@ -158,6 +157,10 @@ def riding(step: HostBatch, prompts: HostBatch) -> HostBatch:
         ),
         sample_rows=joined("sample_rows"),
     )
+
+
+def _measured(taken: Distribution, clock_mhz: float | None, layers: int = 0) -> Measured:
+    return Measured(taken.median / 1e3, clock_mhz, layers, taken.largest / 1e3)
 
 
 def _decode_case(batch: DecodeBatch) -> DecodeCase:

@@ -37,12 +37,14 @@ class Distribution:
     median: float
     p10: float
     p90: float
+    largest: float
     count: int
 
     @classmethod
     def of(cls, durations_s: Sequence[float]) -> Distribution:
-        p10, median, p90 = np.percentile(np.asarray(durations_s) * 1e3, (10, 50, 90)).tolist()
-        return cls(median, p10, p90, len(durations_s))
+        milliseconds = np.asarray(durations_s) * 1e3
+        p10, median, p90, largest = np.percentile(milliseconds, (10, 50, 90, 100)).tolist()
+        return cls(median, p10, p90, largest, len(durations_s))
 
 
 @dataclass(frozen=True, slots=True)
