@@ -24,6 +24,7 @@ from drift_scheduler.simulation.cluster import Cluster, ClusterSpec
 from drift_scheduler.simulation.engine import EngineLimits
 from drift_scheduler.simulation.goodput import GoodputSearch, find_goodput
 from drift_scheduler.simulation.machine import Machine, load_machine
+from drift_scheduler.simulation.replica import Driver
 from drift_scheduler.simulation.results import Summary
 from drift_scheduler.simulation.trace import (
     TraceError,
@@ -69,6 +70,7 @@ class _Study:
 
     options: argparse.Namespace
     rows: list[TraceRow]
+    machine: Machine
     spec: ClusterSpec
     policies: PolicyFactory
     slo: Slo
@@ -82,8 +84,13 @@ class _Study:
 
     def run(self, requests: Sequence[TraceRequest]) -> Summary:
         self.simulated += len(requests)
-        cluster = Cluster(self.spec, lambda: self.policies.make(self.options.policy))
-        return cluster.run(requests, self.slo)
+        return Cluster(self.spec, self.driver).run(requests, self.slo)
+
+    def driver(self) -> Driver:
+        """As a server: its policy learns from what it sees, whatever the policy."""
+        latencies = self.machine.learner()
+        policies = dataclasses.replace(self.policies, model=latencies)
+        return Driver(policies.make(self.options.policy), latencies.observe)
 
     def search(self, target: float, first_rate_per_s: float) -> tuple[GoodputSearch, Summary]:
         """The summary is that of the rate found, or of the lowest one tried."""
@@ -114,6 +121,7 @@ def _study(options: argparse.Namespace) -> _Study:
     return _Study(
         options,
         rows,
+        machine,
         ClusterSpec(
             replicas=options.gpus,
             table=machine.table,
@@ -124,6 +132,8 @@ def _study(options: argparse.Namespace) -> _Study:
                 max_running=options.max_running,
                 prefill_tokens=options.prefill_tokens,
                 launch_s=options.launch_us / 1e6,
+                layer_launch_s=options.layer_launch_us / 1e6,
+                graph_tokens=machine.graph_tokens,
             ),
             route_slack_tokens=options.route_slack_tokens,
             noise_sigma=options.noise,
@@ -144,6 +154,7 @@ def _policies(options: argparse.Namespace, machine: Machine) -> PolicyFactory:
         machine.model,
         machine.num_layers,
         options.prefill_tokens,
+        max_step_tokens=machine.max_step_tokens,
         sheds=options.slo_overload == "shed",
     )
 
@@ -169,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--max-running", type=_count, default=256, help="requests of one GPU")
     machine.add_argument("--prefill-tokens", type=_count, default=8192, help="of a prefill batch")
     machine.add_argument("--launch-us", type=_not_negative, default=0.0, help="host, a launch")
+    machine.add_argument(
+        "--layer-launch-us",
+        type=_not_negative,
+        default=0.0,
+        help="host, each layer that is launched kernel by kernel",
+    )
     machine.add_argument("--noise", type=_not_negative, default=0.0, help="sigma of log times")
     machine.add_argument(
         "--route-slack-tokens",

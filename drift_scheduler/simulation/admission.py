@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from drift_scheduler.backlog import Backlog
-from drift_scheduler.simulation.kv_pool import BLOCK_TOKENS, KvPool
+from drift_scheduler.simulation.kv_pool import KvPool
 from drift_scheduler.simulation.request import Fill, SimRequest
 from drift_scheduler.simulation.waiting import Waiting
 
@@ -165,7 +165,7 @@ class SimAdmission:
 
     def _open(self, request: SimRequest, found: int, launch: _Launch) -> bool:
         """Takes a place and the cached prefix for it, if all of it will fit."""
-        blocks, cached = request.blocks[:found], found * BLOCK_TOKENS
+        blocks, cached = request.blocks[:found], found * self._pool.block_tokens
         new = request.prompt_tokens - cached
         must_be_whole = launch.ask.beside or self._partial is not None
         if self._rows == 0 or (must_be_whole and new > launch.tokens):

@@ -8,12 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from drift_scheduler.dispatcher import Dispatcher
 from drift_scheduler.lane import Phase
 from drift_scheduler.partition import PartitionTable
 from drift_scheduler.policies.latency_model import LatencyModel
 from drift_scheduler.simulation.engine import EngineLimits
-from drift_scheduler.simulation.replica import Replica
+from drift_scheduler.simulation.replica import Driver, Replica
 from drift_scheduler.simulation.request import SimRequest
 from drift_scheduler.simulation.results import Ledger, Summary, Work
 from drift_scheduler.simulation.routing import Router
@@ -47,14 +46,14 @@ class ClusterSpec:
 
 
 class Cluster:
-    """One run of one trace. make_dispatcher: called for each replica."""
+    """One run of one trace. make_driver: called for each replica."""
 
-    def __init__(self, spec: ClusterSpec, make_dispatcher: Callable[[], Dispatcher]) -> None:
+    def __init__(self, spec: ClusterSpec, make_driver: Callable[[], Driver]) -> None:
         self.ledger = Ledger()
         self._router = Router(spec.replicas, spec.route_slack_tokens)
         self.replicas = [
             Replica(
-                make_dispatcher(),
+                make_driver(),
                 spec.table,
                 spec.limits,
                 LaunchTimes(
@@ -72,8 +71,12 @@ class Cluster:
         # (when, which); an entry whose time is not the replica's next_s any more is void.
         self._events: list[tuple[float, int]] = []
 
-    def run(self, requests: Sequence[TraceRequest], slo: Slo) -> Summary:
-        """Until every request has ended. Raises SimulationStuckError if that will never be."""
+    def run(self, requests: Sequence[TraceRequest], slo: Slo, until_s: float = math.inf) -> Summary:
+        """Until every request has ended, or until_s, when nobody waits for answers any more.
+
+        until_s: not before the last arrival. Raises SimulationStuckError if requests will never
+        end.
+        """
         digits = len(str(len(requests)))
         for number, request in enumerate(sorted(requests, key=lambda r: r.arrival_s)):
             now_s = request.arrival_s
@@ -82,7 +85,10 @@ class Cluster:
             self.replicas[index].add(SimRequest(f"{number:0{digits}}", request, slo), now_s)
             self._note(index)
         last_arrival_s = max((request.arrival_s for request in requests), default=0.0)
+        assert until_s >= last_arrival_s, f"until {until_s} s, arrivals until {last_arrival_s} s"
         while self.ledger.ended < len(requests):
+            if self._events and self._events[0][0] > until_s:
+                return self.ledger.summary(len(self.replicas), self._work(), len(requests), until_s)
             still_s = max(self.ledger.last_end_s, last_arrival_s)
             if not self._events or self._events[0][0] > still_s + STALL_S:
                 raise SimulationStuckError(
@@ -90,7 +96,9 @@ class Cluster:
                     f"end: nothing has happened since {still_s:.3f} s"
                 )
             self._step()
-        return self.ledger.summary(len(self.replicas), self._work())
+        return self.ledger.summary(
+            len(self.replicas), self._work(), len(requests), self.ledger.last_end_s
+        )
 
     def _run_until(self, time_s: float) -> None:
         while self._events and self._events[0][0] <= time_s:

@@ -30,25 +30,36 @@ from drift_scheduler.simulation.kv_pool import BLOCK_TOKENS, KvPool
 from drift_scheduler.simulation.request import Fill, SimRequest
 from drift_scheduler.simulation.times import LaunchTimes
 
+# As in the serving engine: prompts of a captured prefill batch.
+_GRAPH_PROMPTS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     """max_running: requests that hold memory at once. prefill_tokens: new tokens of a prefill
-    batch; a longer prompt is cut into chunks. launch_s: host time that a launch costs.
+    batch; a longer prompt is cut into chunks. block_tokens: see KvPool.
+
+    launch_s: host time before a launch runs. layer_launch_s: host time for each layer of what is
+    launched kernel by kernel, while it runs. graph_tokens: prefill batches and fused steps of so
+    many tokens are a graph: one launch, and a batch is not sliced.
     """
 
     kv_tokens: int
     max_running: int = 256
     prefill_tokens: int = 8192
     launch_s: float = 0.0
+    layer_launch_s: float = 0.0
+    graph_tokens: int = 0
+    block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
-        if min(self.kv_tokens, self.max_running, self.prefill_tokens) < 1 or self.launch_s < 0:
+        counts = (self.kv_tokens, self.max_running, self.prefill_tokens, self.block_tokens)
+        if min(counts) < 1 or min(self.launch_s, self.layer_launch_s, self.graph_tokens) < 0:
             raise ValueError(f"limits must be positive: {self}")
 
 
 class Listener(Protocol):
-    """Hears what becomes of requests."""
+    """Hears what becomes of requests, as their client sees it."""
 
     def token_gap(self, gap_s: float) -> None:
         """Between two tokens of one request."""
@@ -95,6 +106,9 @@ class SimEngine:
         self._prefilling: list[SimPrefill] = []
         self._stepping: list[SimStep] = []
         self._filling_tokens = 0  # of launched fills
+        self._host_s = 0.0  # that launches still cost
+        # Whose tokens are on the host and not sent, in order, and whether it was the last one.
+        self._outbox: list[tuple[SimRequest, bool]] = []
         self.unfinished = 0
         """Requests that are anywhere in the engine."""
         self.retractions = 0
@@ -138,8 +152,27 @@ class SimEngine:
         if request.input_tokens + request.output_tokens > self._pool.capacity:
             self._listener.refused(request)
             return
+        assert not request.blocks or request.block_tokens == self._pool.block_tokens
         self.unfinished += 1
         self._admission.add(request)
+
+    def send(self) -> None:
+        """The turn is over, and the host has time for what was settled in it."""
+        now_s = self._clock.now_s
+        token_gap = self._listener.token_gap
+        for request, last in self._outbox:
+            seen = request.seen
+            if seen.tokens:
+                token_gap(now_s - seen.last_s)
+            seen.token(now_s)
+            if last:
+                self._listener.finished(request)
+        self._outbox.clear()
+
+    def take_host_s(self) -> float:
+        """How long the host is kept by what has been launched since it was last asked."""
+        host_s, self._host_s = self._host_s, 0.0
+        return host_s
 
     def shed(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -155,7 +188,9 @@ class SimEngine:
         if not fills:
             return None
         self.preemptions += admission.preempts
-        job = SimPrefill(fills, self._slice_s, shape_of(fills))
+        shape = shape_of(fills)
+        graphed = shape.tokens <= self._limits.graph_tokens and shape.requests <= _GRAPH_PROMPTS
+        job = SimPrefill(fills, self._slice_s, shape, indivisible=graphed)
         self._prefilling.append(job)
         return job
 
@@ -200,12 +235,8 @@ class SimEngine:
     def finish_decode(self, job: SimStep) -> None:
         self._stepping.remove(job)
         self._send(self._first_tokens.step_settled())
-        now_s = self._clock.now_s
-        token_gap = self._listener.token_gap
         for request in job.members:
-            pace = request.pace
-            token_gap(now_s - pace.last_s)
-            pace.token(now_s)
+            self._take_token(request)
         for request in job.last:
             self._finish(request)
         if job.fills:
@@ -254,14 +285,16 @@ class SimEngine:
 
     def _take_first_token(self, request: SimRequest) -> None:
         """The first one since its prompt began to be filled."""
-        now_s, pace = self._clock.now_s, request.pace
-        if pace.tokens:
-            self._listener.token_gap(now_s - pace.last_s)
-        pace.token(now_s)
+        self._take_token(request)
         self._load = None
-        if pace.tokens == request.output_tokens:
+        if request.pace.tokens == request.output_tokens:
             del self._filling[request]
             self._finish(request)
+
+    def _take_token(self, request: SimRequest) -> None:
+        pace = request.pace
+        pace.token(self._clock.now_s)
+        self._outbox.append((request, pace.tokens == request.output_tokens))
 
     def _send(self, held: Sequence[SimRequest]) -> None:
         """First tokens that have been kept back."""
@@ -305,7 +338,6 @@ class SimEngine:
     def _finish(self, request: SimRequest) -> None:
         self._release(request)
         self.unfinished -= 1
-        self._listener.finished(request)
 
     def _release(self, request: SimRequest) -> None:
         self._pool.give_back(self._own_tokens(request))
@@ -319,16 +351,20 @@ class SimEngine:
         steps = 0
         if request.last_step >= 0:
             steps = min(request.last_step + 1, self._next_step) - request.next_step
-        return request.filled - BLOCK_TOKENS * request.read_blocks + steps
+        return request.filled - self._pool.block_tokens * request.read_blocks + steps
 
     def _slice_s(self, job: SimPrefill, lane: Lane, layers: int) -> float:
         self._pass_launch_time()
+        if not job.indivisible:
+            self._host_s += layers * self._limits.layer_launch_s
         beside = self._stepping[-1].shape if self._stepping else None
         return self._times.layers_s(job.shape, layers, lane, beside)
 
     def _step_s(self, job: SimStep, lane: Lane) -> float:
         self._pass_launch_time()
         if job.fused is not None:
+            if job.shape.requests + job.fused.tokens > self._limits.graph_tokens:
+                self._host_s += self.num_layers * self._limits.layer_launch_s
             return self._times.fused_s(job.shape, job.fused)
         beside = self._prefilling[-1].shape if self._prefilling else None
         return self._times.step_s(job.shape, lane, beside)

@@ -1,8 +1,9 @@
 """KvPool: the tokens of a KV pool, some of them cached prefix blocks.
 
-The serving engine's prefix tree works token by token; here a prefix is shared in whole blocks of
-BLOCK_TOKENS, as traces describe it. A block's id stands for its content and for all before it, so
-a prompt's ids are a path and equal ids are equal prefixes.
+The serving engine's prefix tree works token by token; here a prefix is shared in whole blocks, of
+BLOCK_TOKENS as traces describe it, or of fewer where prompts are known more closely. A block's id
+stands for its content and for all before it, so a prompt's ids are a path and equal ids are equal
+prefixes.
 
     free | cached, nobody reads it (evictable) | cached, read by requests | requests' own
 """
@@ -20,15 +21,20 @@ def _ignore(block: int) -> None:
 
 
 class KvPool:
-    """Counts of `capacity` tokens. cached, evicted: called with each block that comes or goes."""
+    """Counts of `capacity` tokens. cached, evicted: called with each block that comes or goes.
+
+    block_tokens: of a cached block.
+    """
 
     def __init__(
         self,
         capacity: int,
         cached: Callable[[int], None] = _ignore,
         evicted: Callable[[int], None] = _ignore,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         self.capacity = capacity
+        self.block_tokens = block_tokens
         self._cached = cached
         self._evicted = evicted
         self._readers: dict[int, int] = {}  # of every cached block
@@ -39,17 +45,17 @@ class KvPool:
 
     @property
     def free_tokens(self) -> int:
-        return self.capacity - self._own - BLOCK_TOKENS * len(self._readers)
+        return self.capacity - self._own - self.block_tokens * len(self._readers)
 
     @property
     def available_tokens(self) -> int:
         """What `take` can give: free ones and those of evictable blocks."""
-        return self.free_tokens + BLOCK_TOKENS * len(self._idle)
+        return self.free_tokens + self.block_tokens * len(self._idle)
 
     def available_beside(self, blocks: Sequence[int]) -> int:
         """available_tokens once these cached blocks are read."""
         idle = sum(block in self._idle for block in blocks)
-        return self.available_tokens - BLOCK_TOKENS * idle
+        return self.available_tokens - self.block_tokens * idle
 
     def match(self, blocks: Sequence[int]) -> int:
         """How many of them are cached, from the first on."""
@@ -74,13 +80,13 @@ class KvPool:
     def take(self, tokens: int) -> bool:
         """Tokens of one's own, of evicted blocks if need be; False, and nothing, without room."""
         missing = tokens - self.free_tokens
-        if missing > BLOCK_TOKENS * len(self._idle):
+        if missing > self.block_tokens * len(self._idle):
             return False
         while missing > 0:
             block, _ = self._idle.popitem(last=False)
             del self._readers[block]
             self._evicted(block)
-            missing -= BLOCK_TOKENS
+            missing -= self.block_tokens
         self._own += tokens
         return True
 
@@ -93,7 +99,7 @@ class KvPool:
 
         Where a block has been cached meanwhile, that one is read and the own tokens are free.
         """
-        self.give_back(BLOCK_TOKENS * len(blocks))
+        self.give_back(self.block_tokens * len(blocks))
         for block in blocks:
             if block not in self._readers:
                 self._readers[block] = 0

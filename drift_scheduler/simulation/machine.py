@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from dataclasses import dataclass
@@ -9,15 +10,29 @@ from pathlib import Path
 
 from drift_scheduler.latencies import Latencies
 from drift_scheduler.partition import Partition, PartitionTable
-from drift_scheduler.policies.latency_model import LatencyModel
+from drift_scheduler.policies.modes import FUSED_STEP_TOKENS
 from drift_scheduler.profile import Profile, ProfileError, Split
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
+    """model: of the times that launches take; it stays as it is. graph_tokens: of the largest
+    prefill batch that is one launch, 0 if none is.
+    """
+
     table: PartitionTable
-    model: LatencyModel
+    model: Latencies
     num_layers: int
+    graph_tokens: int
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Of a fused step, as the server limits it."""
+        return self.graph_tokens or FUSED_STEP_TOKENS[-1]
+
+    def learner(self) -> Latencies:
+        """What a server knows of the machine when it starts, to learn more from what it sees."""
+        return copy.deepcopy(self.model)
 
 
 def load_machine(path: str | os.PathLike[str], num_layers: int | None = None) -> Machine:
@@ -43,7 +58,8 @@ def load_machine(path: str | os.PathLike[str], num_layers: int | None = None) ->
         num_layers = int(found[1])
     latencies = Latencies.of(profile, num_layers)
     measured = {sample.partition for sample in profile.samples if not sample.partition.exclusive}
-    return Machine(_table(profile.key.sms, measured), latencies, num_layers)
+    graph_tokens = max(profile.sizes.prefill, default=0)
+    return Machine(_table(profile.key.sms, measured), latencies, num_layers, graph_tokens)
 
 
 def _table(total_sms: int, measured: set[Split]) -> PartitionTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from drift_scheduler.dispatcher import Dispatcher
 from drift_scheduler.gang import Gang
@@ -25,12 +26,19 @@ def _nothing(run: LaneRun) -> None:
     return None
 
 
+class Driver(NamedTuple):
+    """Who drives a replica. observe: sees every run as it is settled, to learn from it."""
+
+    dispatcher: Dispatcher
+    observe: Callable[[LaneRun], None] = _nothing
+
+
 class Replica:
-    """cached, evicted: called with each prefix block that comes or goes. observe: see Gang."""
+    """cached, evicted: called with each prefix block that comes or goes."""
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        driver: Driver,
         table: PartitionTable,
         limits: EngineLimits,
         times: LaunchTimes,
@@ -38,15 +46,19 @@ class Replica:
         *,
         cached: Callable[[int], None],
         evicted: Callable[[int], None],
-        observe: Callable[[LaneRun], None] = _nothing,
     ) -> None:
         self._clock = VirtualClock()
         self._lanes = VirtualLanes(table, self._clock)
         self.timeline = Timeline(TIMELINE_RUNS)
-        self.pool = KvPool(limits.kv_tokens, cached, evicted)
+        self.pool = KvPool(limits.kv_tokens, cached, evicted, limits.block_tokens)
         self.engine = SimEngine(limits, times, self.pool, self._clock, listener)
         self._gang: Gang[SimPrefill, SimStep] = Gang(
-            self.engine, self._lanes, dispatcher, self.timeline, self._clock, observe
+            self.engine,
+            self._lanes,
+            driver.dispatcher,
+            self.timeline,
+            self._clock,
+            driver.observe,
         )
         self.next_s = math.inf
         """When it is to be woken; infinity if nothing will happen of itself."""
@@ -71,8 +83,12 @@ class Replica:
 
     def _turn(self) -> None:
         gang = self._gang
-        while gang.turn():
-            pass
+        progressed = True
+        while progressed:
+            progressed = gang.turn()
+            # What ends meanwhile is only noticed afterwards.
+            self._advance_to(self._clock.now_s + self.engine.take_host_s())
+            self.engine.send()
         completion_s = self._lanes.next_completion_s()
         self.next_s = math.inf if completion_s is None else completion_s
         again_s = gang.look_again_s

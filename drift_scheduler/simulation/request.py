@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from drift_scheduler.attainment import Pace
-from drift_scheduler.simulation.kv_pool import BLOCK_TOKENS
 from drift_scheduler.simulation.trace import TraceRequest
 from drift_scheduler.slo import Slo
 
@@ -16,10 +15,13 @@ class SimRequest:
     key: unique in the engine, and in order of arrival. prompt_tokens: to be filled before it can
     decode; after a retraction what it has answered belongs to them. filled: of those, in the KV
     pool. read_blocks: cached blocks among these, kept from being evicted; the rest is its own.
+    pace: when its tokens are on the host, by which the engine goes. seen: when they are sent, which
+    is after the launches of the same turn.
     """
 
     __slots__ = (
         "arrival_s",
+        "block_tokens",
         "blocks",
         "cached_tokens",
         "due_s",
@@ -32,6 +34,7 @@ class SimRequest:
         "pace",
         "prompt_tokens",
         "read_blocks",
+        "seen",
         "slo",
         "times_overtaken",
     )
@@ -44,7 +47,9 @@ class SimRequest:
         self.prompt_tokens = request.input_tokens
         self.output_tokens = request.output_tokens
         self.blocks = request.blocks
+        self.block_tokens = request.block_tokens
         self.pace = Pace(request.arrival_s, slo.tbt_s)
+        self.seen = Pace(request.arrival_s, slo.tbt_s)
         self.due_s = 0.0  # its next token, when it was last queued
         self.cached_tokens: int | None = None  # when first taken up
         self.filled = 0
@@ -57,7 +62,7 @@ class SimRequest:
     @property
     def sharable_blocks(self) -> tuple[int, ...]:
         """Those that it could find cached: one token at least is computed."""
-        return self.blocks[: (self.prompt_tokens - 1) // BLOCK_TOKENS]
+        return self.blocks[: (self.prompt_tokens - 1) // self.block_tokens]
 
     @property
     def steps(self) -> int:

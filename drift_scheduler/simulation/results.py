@@ -20,8 +20,9 @@ _CLASS = "all"
 class Summary:
     """Of all requests offered. Shares are 0..1.
 
-    attainment: requests that met their SLO, as Attainment defines it, of all offered; those shed
-    or refused have missed it. goodput_rps: the same a second, from the start to the last token.
+    attainment: requests that met their SLO, as Attainment defines it, of all offered; those shed,
+    refused or unfinished have missed it. goodput_rps: the same a second, from the start to the last
+    token, or to the end of a simulation that was not to wait for it.
     ttft: of finished requests; tbt: of all gaps between two tokens of one request. NaN where there
     was none. cached_share: of the prompt tokens of finished requests. The busy
     shares are means over replicas; both_busy counts in the two others too, fused_busy in decode's.
@@ -33,6 +34,7 @@ class Summary:
     finished: int
     shed: int
     refused: int
+    unfinished: int
     duration_s: float
     attainment: float
     met_ttft: float
@@ -82,7 +84,7 @@ class Ledger:
         self._cached_tokens = 0
 
     def finished(self, request: SimRequest) -> None:
-        pace = request.pace
+        pace = request.seen
         self.ended += 1
         self.last_end_s = max(self.last_end_s, pace.last_s)
         self._attainment.finish(pace, request.slo, request.uncached_tokens, _CLASS)
@@ -99,11 +101,9 @@ class Ledger:
         self.ended += 1
         self._refused += 1
 
-    def summary(self, replicas: int, work: Work) -> Summary:
-        """Once all requests have ended."""
-        duration_s = self.last_end_s
+    def summary(self, replicas: int, work: Work, offered: int, duration_s: float) -> Summary:
+        """Of so many requests and seconds."""
         counts = self._attainment.snapshot(duration_s)
-        offered = self.ended
         ttft_p50_ms, ttft_p99_ms = _percentiles_ms(self._ttfts_s)
         tbt_p50_ms, tbt_p99_ms = _percentiles_ms(self._gaps_s)
         return Summary(
@@ -112,6 +112,7 @@ class Ledger:
             finished=counts["finished"],
             shed=counts["shed"],
             refused=self._refused,
+            unfinished=offered - self.ended,
             duration_s=duration_s,
             attainment=_share(counts["met"], offered),
             met_ttft=_share(counts["met_ttft"], offered),

@@ -25,17 +25,19 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """blocks: ids of the prompt's full blocks; none where nothing is to be shared."""
+    """blocks: ids of the prompt's full blocks, of block_tokens each; none where nothing is to be
+    shared."""
 
     arrival_s: float
     input_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] = ()
+    block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
         if self.input_tokens < 1 or self.output_tokens < 1:
             raise ValueError(f"a request has a prompt and an answer: {self}")
-        if len(self.blocks) > self.input_tokens // BLOCK_TOKENS:
+        if len(self.blocks) > self.input_tokens // self.block_tokens:
             raise ValueError(f"{len(self.blocks)} full blocks in {self.input_tokens} tokens")
 
 

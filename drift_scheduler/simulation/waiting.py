@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from drift_scheduler.backlog import Backlog, Prompt
-from drift_scheduler.simulation.kv_pool import BLOCK_TOKENS, KvPool
+from drift_scheduler.simulation.kv_pool import KvPool
 from drift_scheduler.simulation.request import SimRequest
 
 # As in the serving engine: a prompt waits for others that compute so many of its tokens, and such
@@ -99,7 +99,7 @@ class Waiting:
     def _looked_up(self, request: SimRequest, prompt: Prompt) -> tuple[Prompt, int]:
         blocks = request.sharable_blocks
         found = self._pool.match(blocks)
-        cached = found * BLOCK_TOKENS
+        cached = found * self._pool.block_tokens
         new = request.prompt_tokens - cached
         coming = 0
         self._forget_lack(request.key)
@@ -109,7 +109,7 @@ class Waiting:
             for block in blocks[found:]:
                 if block not in self._coming:
                     break
-                coming += BLOCK_TOKENS
+                coming += self._pool.block_tokens
         deferred = coming >= max(DEFER_MIN_TOKENS, DEFER_MIN_SHARE * new)
         return replace(prompt, new=new, cached=cached, deferred=deferred), found
 

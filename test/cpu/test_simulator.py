@@ -18,7 +18,7 @@ from drift_scheduler.simulation.cluster import Cluster, ClusterSpec, SimulationS
 from drift_scheduler.simulation.engine import EngineLimits
 from drift_scheduler.simulation.goodput import find_goodput
 from drift_scheduler.simulation.kv_pool import BLOCK_TOKENS, KvPool
-from drift_scheduler.simulation.replica import Replica
+from drift_scheduler.simulation.replica import Driver, Replica
 from drift_scheduler.simulation.request import SimRequest
 from drift_scheduler.simulation.routing import Router
 from drift_scheduler.simulation.times import LaunchTimes, Noise
@@ -87,14 +87,13 @@ class Bench:
         self.slo = slo
         self.runs: list[LaneRun] = []
         self.replica = Replica(
-            dispatcher,
+            Driver(dispatcher, self.runs.append),
             TABLE,
             EngineLimits(**{"kv_tokens": 100_000, **limits}),
             LaunchTimes(Model(), LAYERS, noise),
             self.heard,
             cached=self.cached.append,
             evicted=self.evicted.append,
-            observe=self.runs.append,
         )
 
     @property
@@ -143,7 +142,67 @@ def test_the_host_takes_its_time_for_each_launch():
     bench.ask("a", 100, 2)
     heard = bench.finish()
     assert heard.done["a"].pace.ttft_s == pytest.approx(0.102)
-    assert heard.gaps_s == pytest.approx([0.013])
+    # The first token is sent when the step behind it is launched, and the second at once.
+    assert heard.done["a"].seen.ttft_s == pytest.approx(0.104)
+    assert heard.gaps_s == pytest.approx([0.011])
+
+
+def test_layers_without_a_graph_keep_the_host_while_they_run():
+    bench = Bench(policy("turns"), layer_launch_s=0.030)
+    bench.ask("a", 100, 1)
+    bench.ask("b", 10, 1, at_s=0.01)
+    heard = bench.finish()
+    # a's four layers end at 100 ms, but the host launches them until 120 ms; then it launches b's.
+    assert heard.done["a"].pace.first_s == pytest.approx(0.120)
+    assert heard.done["b"].pace.first_s == pytest.approx(0.240)
+
+
+def test_a_graph_is_one_launch_and_not_sliced():
+    limits = {"layer_launch_s": 0.030, "graph_tokens": 100}
+    bench = Bench(Impatient(), **limits)
+    bench.ask("long", 100, 1)
+    bench.finish()
+    assert [run.layers for run in bench.runs] == [LAYERS]
+    assert bench.heard.done["long"].seen.first_s == pytest.approx(0.100)
+    bench = Bench(Impatient(), **limits)
+    bench.ask("longer", 101, 1)
+    bench.finish()
+    assert [run.layers for run in bench.runs] == [1] * LAYERS
+
+
+def test_a_fused_step_larger_than_a_graph_keeps_the_host():
+    def first_gap(graph_tokens):
+        bench = Bench(policy("chunked:41"), layer_launch_s=0.030, graph_tokens=graph_tokens)
+        bench.ask("a", 41, 2)
+        return bench.finish().done["a"].seen.ttft_s
+
+    assert first_gap(41) == pytest.approx(0.051)
+    assert first_gap(40) == pytest.approx(LAYERS * 0.030)
+
+
+def test_prefixes_may_be_known_more_closely():
+    bench = Bench(policy("turns"), block_tokens=32)
+
+    def ask(name, tokens, blocks, at_s):
+        bench.run_until(at_s)
+        request = TraceRequest(at_s, tokens, 1, blocks, 32)
+        bench.replica.add(SimRequest(name, request, Slo()), at_s)
+
+    ask("a", 100, (1, 2, 3), 0.0)
+    ask("b", 100, (1, 2, 9), 10.0)
+    heard = bench.finish()
+    assert heard.done["b"].cached_tokens == 64
+    assert bench.replica.pool.free_tokens == 100_000 - 4 * 32
+
+
+def test_a_simulation_may_end_before_its_requests():
+    requests = [TraceRequest(0.0, 100, 1), TraceRequest(0.0, 400, 1), TraceRequest(0.0, 900, 1)]
+    cluster = _cluster(1, limits=EngineLimits(5000, prefill_tokens=400))
+    summary = cluster.run(requests, Slo(1.0), until_s=1.2)
+    assert (summary.offered, summary.finished, summary.unfinished) == (3, 2, 1)
+    assert summary.duration_s == 1.2
+    assert summary.attainment == pytest.approx(2 / 3)
+    assert summary.goodput_rps == pytest.approx(2 / 1.2)
 
 
 def test_a_cached_prefix_is_not_computed_again():
@@ -419,7 +478,7 @@ def test_runs_with_one_seed_are_alike_and_with_another_are_not(name):
             noise_sigma=noise_sigma,
             seed=seed,
         )
-        return Cluster(spec, lambda: policy(name)).run(requests, Slo(0.2, 0.0, 0.05))
+        return Cluster(spec, lambda: Driver(policy(name))).run(requests, Slo(0.2, 0.0, 0.05))
 
     assert summary(1, 0.2) == summary(1, 0.2)
     assert summary(1, 0.2) != summary(2, 0.2)
@@ -585,7 +644,8 @@ def test_a_request_goes_to_the_longest_prefix_unless_too_much_waits_there():
 def _cluster(replicas: int, dispatcher=None, **options) -> Cluster:
     limits = options.pop("limits", EngineLimits(100_000))
     spec = ClusterSpec(replicas, TABLE, Model(), LAYERS, limits, **options)
-    return Cluster(spec, dispatcher or (lambda: policy("turns")))
+    make = dispatcher or (lambda: policy("turns"))
+    return Cluster(spec, lambda: Driver(make()))
 
 
 def test_requests_of_one_prefix_share_a_replica_and_others_spread():
