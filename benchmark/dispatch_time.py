@@ -4,8 +4,12 @@
 
 PROFILE is of `python -m sglang.profile_drift`; of any machine, for only the dispatcher's own time
 counts. For each queue length, four situations in turn: prompts wait beside decode, a batch runs
-beside decode and could be pre-empted, the same with slices enough in flight, decode alone. One
-JSON line a queue length: microseconds of admit and dispatch together, p50, p99 and largest.
+beside decode and could be pre-empted, the same with slices enough in flight, decode alone. Where
+admit lets a batch in, dispatch is asked with that batch, as in a turn of the server; what makes
+the batch is not counted. The garbage collector is as in the server: what was there before is
+frozen, and it runs.
+
+One JSON line a queue length: microseconds of admit and dispatch together, p50, p99 and largest.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,7 @@ import numpy as np
 
 from benchmark.serve_trace import append
 from drift_scheduler.backlog import Backlog, Prompt
+from drift_scheduler.dispatcher import Admission
 from drift_scheduler.latencies import Latencies
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.adaptive import Adaptive
@@ -80,23 +87,43 @@ def views(waiting: int, now_s: float, draw: random.Random) -> Iterator[LoadView]
         )
 
 
+def with_admitted(view: LoadView, admission: Admission) -> LoadView:
+    """What dispatch sees of an admission: the batch, none of it launched."""
+    left = admission.tokens or 0
+    parts: list[tuple[int, int]] = []
+    due_s = math.inf
+    for prompt in map(view.backlog.__getitem__, admission.order or ()):
+        new = min(prompt.new, left)
+        if new:
+            parts.append((new, prompt.cached))
+            due_s = min(due_s, prompt.due_s)
+        left -= new
+    batch = PrefillView(PrefillShape.of(parts), 0, LAYERS, 0, None, due_s)
+    return replace(view, prefill=batch, parked=view.prefill)
+
+
+def decide_ns(policy: Adaptive, view: LoadView, now_s: float) -> int:
+    """A turn's decisions."""
+    started_ns = time.perf_counter_ns()
+    admission = policy.admit(view, now_s) if view.waiting else None
+    took_ns = time.perf_counter_ns() - started_ns
+    if admission is not None and admission.order:
+        view = with_admitted(view, admission)
+    started_ns = time.perf_counter_ns()
+    policy.dispatch(view, now_s)
+    return took_ns + time.perf_counter_ns() - started_ns
+
+
 def measure(profile: Profile, waiting: int, decisions: int, seed: int) -> dict[str, float]:
     """Microseconds of a decision."""
     table = table_of(profile)
     policy = Adaptive(table, Latencies.of(profile, LAYERS), LAYERS, max_batch_tokens=8192)
     now_s = 1000.0
-    took_us = []
+    looked_at = itertools.islice(views(waiting, now_s, random.Random(seed)), SETTLED + decisions)
     gc.collect()
     gc.freeze()  # as the scheduler process does before it serves
     try:
-        for view in itertools.islice(
-            views(waiting, now_s, random.Random(seed)), SETTLED + decisions
-        ):
-            started_ns = time.perf_counter_ns()
-            if view.waiting:
-                policy.admit(view, now_s)
-            policy.dispatch(view, now_s)
-            took_us.append((time.perf_counter_ns() - started_ns) / 1e3)
+        took_us = [decide_ns(policy, view, now_s) / 1e3 for view in looked_at]
     finally:
         gc.unfreeze()
     p50, p99, largest = np.percentile(took_us[SETTLED:], [50, 99, 100]).round(1).tolist()

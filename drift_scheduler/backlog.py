@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
@@ -30,8 +29,9 @@ class Backlog:
 
     def __init__(self) -> None:
         self._prompts: dict[str, Prompt] = {}
-        self._by_due: list[tuple[float, float, str]] = []
-        self._by_arrival: list[tuple[float, str]] = []
+        # Keys are distinct, so prompts themselves are never compared.
+        self._by_due: list[tuple[float, float, str, Prompt]] = []
+        self._by_arrival: list[tuple[float, str, Prompt]] = []
         self.new_tokens = 0  # of all of them
         self._begun: str | None = None
 
@@ -49,8 +49,8 @@ class Backlog:
         if prompt.key in self._prompts:
             self.remove(prompt.key)
         self._prompts[prompt.key] = prompt
-        insort(self._by_due, (prompt.due_s, prompt.arrival_s, prompt.key))
-        insort(self._by_arrival, (prompt.arrival_s, prompt.key))
+        insort(self._by_due, (prompt.due_s, prompt.arrival_s, prompt.key, prompt))
+        insort(self._by_arrival, (prompt.arrival_s, prompt.key, prompt))
         self.new_tokens += prompt.new
         if prompt.begun:
             self._begun = prompt.key
@@ -71,8 +71,8 @@ class Backlog:
     def first_due(self, after_s: float, limit: int) -> list[Prompt]:
         """Up to `limit` prompts due at `after_s` or later, the most urgent first."""
         start = bisect_left(self._by_due, (after_s,))
-        return [self._prompts[key] for _, _, key in self._by_due[start : start + limit]]
+        return [entry[-1] for entry in self._by_due[start : start + limit]]
 
     def oldest(self, limit: int) -> list[Prompt]:
         """Up to `limit` prompts in order of arrival."""
-        return [self._prompts[key] for _, key in itertools.islice(self._by_arrival, limit)]
+        return [entry[-1] for entry in self._by_arrival[:limit]]

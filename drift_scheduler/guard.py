@@ -279,7 +279,10 @@ def _nearest(cells: dict[_Buckets, Cell], buckets: _Buckets) -> Cell | None:
     nearest, least = None, math.inf
     # A plain loop: it may run often while a server meets its first shapes.
     for (t, c, r, x), cell in cells.items():
-        distance = abs(t - tokens) + abs(c - cached) + abs(r - requests) + abs(x - context)
+        distance = abs(t - tokens) + abs(c - cached)
+        if distance > least:
+            continue
+        distance += abs(r - requests) + abs(x - context)
         nearer = distance < least
         if nearer or (distance == least and nearest is not None and cell.worst > nearest.worst):
             nearest, least = cell, distance

@@ -11,9 +11,10 @@ With one phase absent the other has the whole device and nothing is sliced.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 
 from drift_scheduler.backlog import Prompt
 from drift_scheduler.dispatcher import MAX_SLICES_IN_FLIGHT, Admission, Plan
@@ -25,8 +26,7 @@ from drift_scheduler.policies.modes import (
     Choice,
     Mode,
     Riding,
-    best_mode,
-    gentlest_split,
+    Ways,
 )
 from drift_scheduler.policies.order import by_due_time
 from drift_scheduler.policies.slices import layers_to_outlast
@@ -47,6 +47,11 @@ FRONT_TOKENS = 4096
 SAMPLE = 4096
 # Where a request asks for nothing, its tokens are still to flow.
 DEFAULT_TBT_S = 0.05
+
+_ONE_SAMPLE = PrefillShape.of([(SAMPLE, 0)])
+_SAMPLE_BEHIND_ANOTHER = PrefillShape.of([(SAMPLE, SAMPLE)])
+_FUSED = frozenset({Mode.FUSED})
+_KEY = attrgetter("key")
 
 
 @dataclass(slots=True)
@@ -102,7 +107,7 @@ class Adaptive:
         if view.running:
             rate = choice.rate if choice else 0.0
             tokens = min(tokens, max(MIN_BATCH_TOKENS, round(rate * BATCH_S / 128) * 128))
-        return Admission(tuple(prompt.key for prompt in queue.order), tokens, shed=shed)
+        return Admission(tuple(map(_KEY, queue.order)), tokens, shed=shed)
 
     def dispatch(self, view: LoadView, now_s: float) -> Plan:
         prefill = view.prefill
@@ -139,7 +144,7 @@ class Adaptive:
             self.table.whole,
             decode=True,
             fused_tokens=choice.fused_tokens,
-            fused_order=tuple(prompt.key for prompt in queue.order),
+            fused_order=tuple(map(_KEY, queue.order)),
             step=choice.step,
             reason=f"fused: {choice.rate:.0f} prompt tokens/s",
             look_again_s=again_s,
@@ -151,12 +156,11 @@ class Adaptive:
             decode = False
         if not decode and prefill.slices_in_flight >= MAX_SLICES_IN_FLIGHT:
             return Plan(self.table.whole, look_again_s=again_s)
-        choice = self._choose(view, prefill.shape, now_s)
+        ways = self._ways(view, prefill.shape)
+        choice = self._choose(ways, view, now_s)
         if choice is None:
             # No way meets the deadline: decode as fast as it goes without stopping prefill.
-            choice = gentlest_split(
-                self.model, self.table, view.decode, prefill.shape, self.num_layers
-            )
+            choice = ways.gentlest_split()
             why = "no way in time"
         else:
             why = f"{choice.rate:.0f} prompt tokens/s"
@@ -188,41 +192,41 @@ class Adaptive:
             order = self._order(view, now_s)
             choice = None
             if order and view.running:
-                riding = partial(_front_of, order, any(prompt.begun for prompt in order))
-                choice = self._choose(view, riding(FRONT_TOKENS), now_s, riding)
+                riding = partial(_front_of, order, view.backlog.begun is not None)
+                ways = self._ways(view, riding(FRONT_TOKENS), riding)
+                choice = self._choose(ways, view, now_s)
             memo.view, memo.now_s, memo.queue = view, now_s, _Queue(order, choice)
         return memo.queue
 
-    def _choose(
-        self, view: LoadView, prefill: PrefillShape, now_s: float, riding: Riding | None = None
-    ) -> Choice | None:
-        modes = self.modes if view.prefill is None else self.modes - {Mode.FUSED}
+    def _ways(self, view: LoadView, prefill: PrefillShape, riding: Riding | None = None) -> Ways:
+        return Ways(
+            self.model,
+            self.table,
+            view.decode,
+            prefill,
+            self.num_layers,
+            self.modes if view.prefill is None else self.modes - _FUSED,
+            riding,
+            indivisible=view.prefill is not None and view.prefill.indivisible,
+            max_step_tokens=self.max_step_tokens,
+        )
+
+    def _choose(self, ways: Ways, view: LoadView, now_s: float) -> Choice | None:
         for limit_s in self._limits_s(view, now_s):
-            choice = best_mode(
-                self.model,
-                self.table,
-                view.decode,
-                prefill,
-                limit_s,
-                self.num_layers,
-                modes,
-                riding,
-                indivisible=view.prefill is not None and view.prefill.indivisible,
-                max_step_tokens=self.max_step_tokens,
-            )
+            choice = ways.best(limit_s)
             if choice is not None:
                 return choice
         return None
 
-    def _limits_s(self, view: LoadView, now_s: float) -> Iterator[float]:
+    def _limits_s(self, view: LoadView, now_s: float) -> tuple[float, ...]:
         """How long the next decode step may take; then, for where nothing is that fast, how long
         without those who have just joined, and for whom it is too late."""
         tbt_s = view.tbt_s if math.isfinite(view.tbt_s) else DEFAULT_TBT_S
         starts_s = max(now_s, view.decode_ends_s or now_s)
         joined_s = view.joined_due_s - starts_s
         if joined_s < tbt_s:
-            yield joined_s - HOST_S
-        yield tbt_s - HOST_S
+            return joined_s - HOST_S, tbt_s - HOST_S
+        return (tbt_s - HOST_S,)
 
     def _step_due(self, view: LoadView, now_s: float) -> tuple[bool, float | None]:
         """Whether to launch a decode step now, and if not, when."""
@@ -237,19 +241,18 @@ class Adaptive:
         partition = self._usual_partition(view)
         beside = None if partition.exclusive else view.decode
         # The queue may be long: two forecasts give the time of all its prompts closely enough.
-        first = self.model.prefill(PrefillShape.of([(SAMPLE, 0)]), partition, beside).expected_s
-        later = self.model.prefill(
-            PrefillShape.of([(SAMPLE, SAMPLE)]), partition, beside
-        ).expected_s
+        first = self.model.prefill(_ONE_SAMPLE, partition, beside).expected_s
+        later = self.model.prefill(_SAMPLE_BEHIND_ANOTHER, partition, beside).expected_s
         per_attended_s = (later - first) / SAMPLE**2
         per_token_s = first / SAMPLE - per_attended_s * SAMPLE / 2
-        return by_due_time(
-            view.backlog,
-            now_s,
-            lambda prompt: (
+
+        def seconds(prompts: Sequence[Prompt]) -> list[float]:
+            return [
                 prompt.new * (per_token_s + per_attended_s * (prompt.cached + prompt.new / 2))
-            ),
-        )
+                for prompt in prompts
+            ]
+
+        return by_due_time(view.backlog, now_s, seconds)
 
     def _usual_partition(self, view: LoadView) -> Partition:
         """What prompts that wait are likely to run on."""
@@ -262,7 +265,11 @@ class Adaptive:
             prompt.key
             for prompt in view.backlog.oldest(16)
             if not prompt.begun
-            and now_s + self.model.prefill(_rest_of(prompt), whole, None).expected_s > prompt.due_s
+            and (
+                now_s > prompt.due_s
+                or now_s + self.model.prefill(_rest_of(prompt), whole, None).expected_s
+                > prompt.due_s
+            )
         )
 
     def _preempt(self, view: LoadView, active: PrefillView, now_s: float) -> Admission | None:
@@ -289,7 +296,7 @@ class Adaptive:
 def _front_of(order: Sequence[Prompt], one_is_begun: bool, tokens: int) -> PrefillShape:
     """The first so many new tokens. Before a half-filled prompt no other one is cut."""
     cut_before = one_is_begun
-    parts: list[tuple[int, int]] = []
+    squares = cross = requests = 0
     left = tokens
     for prompt in order:
         if prompt.begun:
@@ -297,11 +304,13 @@ def _front_of(order: Sequence[Prompt], one_is_begun: bool, tokens: int) -> Prefi
         elif cut_before and prompt.new > left:
             continue
         new = min(prompt.new, left)
-        parts.append((new, prompt.cached))
         left -= new
+        squares += new * new
+        cross += new * prompt.cached
+        requests += 1
         if not left:
             break
-    return PrefillShape.of(parts)
+    return PrefillShape(tokens - left, squares, cross, requests)
 
 
 def _rest_of(prompt: Prompt) -> PrefillShape:

@@ -7,8 +7,10 @@ come last, by arrival; but now and then it is their turn, so that nobody waits f
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
+from heapq import heappush, heappushpop
+from itertools import compress
+from operator import attrgetter, not_
 
 from drift_scheduler.backlog import Backlog, Prompt
 
@@ -23,20 +25,22 @@ WHOLE_TOKENS = 512
 # A prompt that has waited so long after its due time takes part in those turns.
 PATIENCE_S = 10.0
 
-Seconds = Callable[[Prompt], float]
+Seconds = Callable[[Sequence[Prompt]], Sequence[float]]
+_ARRIVAL = attrgetter("arrival_s")
 
 
 def by_due_time(backlog: Backlog, now_s: float, seconds: Seconds) -> list[Prompt]:
-    """The prompts to compute next, first to last. seconds: how long one takes alone."""
+    """The prompts to compute next, first to last. seconds: how long each takes alone."""
     urgent = [prompt for prompt in backlog.first_due(now_s, LOOK_AHEAD) if not prompt.deferred]
     oldest = [prompt for prompt in backlog.oldest(LOOK_BACK) if not prompt.deferred]
-    in_time, given_up = fewest_late(urgent, now_s, seconds)
-    late = sorted([*given_up, *oldest], key=lambda prompt: prompt.arrival_s)
+    in_time, given_up = fewest_late(urgent, now_s, seconds(urgent))
+    late = sorted([*given_up, *oldest], key=_ARRIVAL)
     begun = backlog.begun
     order = [*in_time, *([begun] if begun else []), *late]
     if int(now_s / SLOT_S) % LATE_TURN == 0:
-        order = [*(prompt for prompt in oldest if _overdue(prompt, now_s)), *order]
-    return _begun_first(list({prompt.key: prompt for prompt in order}.values()))
+        order = [prompt for prompt in oldest if _overdue(prompt, now_s)] + order
+    order = list({prompt.key: prompt for prompt in order}.values())
+    return _begun_first(order) if begun else order
 
 
 def _begun_first(order: list[Prompt]) -> list[Prompt]:
@@ -59,23 +63,23 @@ def _overdue(prompt: Prompt, now_s: float) -> bool:
 
 
 def fewest_late(
-    prompts: Sequence[Prompt], now_s: float, seconds: Seconds
+    prompts: Sequence[Prompt], now_s: float, took_s: Sequence[float]
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """(those that can be in time, by due time; those given up). prompts: by due time.
+    """(those that can be in time, by due time; those given up). prompts: by due time, each of which
+    takes took_s.
 
     Moore, "An n job, one machine sequencing algorithm for minimizing the number of late jobs",
     Management Science 15 (1968).
     """
     longest: list[tuple[float, int]] = []  # (-seconds, position) of those kept
-    dropped: set[int] = set()
+    keeps = [True] * len(prompts)
     end_s = now_s
-    for position, prompt in enumerate(prompts):
-        took_s = seconds(prompt)
-        heapq.heappush(longest, (-took_s, position))
-        end_s += took_s
+    for position, (prompt, seconds) in enumerate(zip(prompts, took_s, strict=True)):
+        end_s += seconds
         if end_s > prompt.due_s:
-            minus_s, given_up = heapq.heappop(longest)
+            minus_s, given_up = heappushpop(longest, (-seconds, position))
             end_s += minus_s
-            dropped.add(given_up)
-    kept = [prompt for position, prompt in enumerate(prompts) if position not in dropped]
-    return kept, [prompts[position] for position in sorted(dropped)]
+            keeps[given_up] = False
+        else:
+            heappush(longest, (-seconds, position))
+    return list(compress(prompts, keeps)), list(compress(prompts, map(not_, keeps)))

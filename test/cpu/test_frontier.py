@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -145,7 +143,7 @@ class TestJudge:
     def test_splits_and_turns_are_found_too(self):
         split = Choice(Mode.SPLIT, SPLIT, 1.0, FUSED.step)
         assert judge(WAYS, split, 20.0)["choice"] == "split p100/d32"
-        taking_turns = dataclasses.replace(FUSED, mode=Mode.TURNS, fused_tokens=0, layers=3)
+        taking_turns = FUSED._replace(mode=Mode.TURNS, fused_tokens=0, layers=3)
         assert judge(WAYS, taking_turns, 40.0)["ratio"] == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,14 @@ from drift_scheduler.dispatcher import Forecast
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.adaptive import HOST_S, LAUNCH_AHEAD_S, Adaptive
 from drift_scheduler.policies.factory import PolicyFactory
-from drift_scheduler.policies.modes import Mode, best_mode
+from drift_scheduler.policies.modes import (
+    FUSED_STEP_TOKENS,
+    LOOKED_AT,
+    MIN_FUSED_TOKENS,
+    Mode,
+    Ways,
+    best_mode,
+)
 from drift_scheduler.policies.names import (
     AdaptiveSpec,
     ChunkedSpec,
@@ -24,8 +32,11 @@ from drift_scheduler.policies.names import (
 )
 from drift_scheduler.policies.order import (
     LATE_TURN,
+    LOOK_AHEAD,
+    LOOK_BACK,
     PATIENCE_S,
     SLOT_S,
+    WHOLE_TOKENS,
     by_due_time,
     fewest_late,
 )
@@ -64,6 +75,29 @@ class Device:
         return Forecast(expected_s, expected_s * WORST)
 
 
+class ErraticDevice:
+    """Each kind of work by a factor of its own: more SMs or fewer tokens may take longer."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.asked = []
+
+    def decode(self, shape, partition, beside):
+        return self._erratic(DEVICE.decode(shape, partition, beside), "d", partition, beside)
+
+    def prefill(self, shape, partition, beside):
+        return self._erratic(DEVICE.prefill(shape, partition, beside), "p", partition, beside)
+
+    def fused(self, decode, prefill):
+        return self._erratic(DEVICE.fused(decode, prefill), "f", prefill)
+
+    def _erratic(self, forecast, *question):
+        self.asked.append(question)
+        draw = random.Random(f"{self.seed} {question}")
+        expected_s = forecast.expected_s * draw.uniform(0.7, 1.4)
+        return Forecast(expected_s, expected_s * draw.uniform(1.0, 1.5))
+
+
 DEVICE = Device()
 BUSY = DecodeShape(32, 32 * 9000)
 PROMPT = PrefillShape.of([(4096, 4096)])
@@ -71,6 +105,11 @@ PROMPT = PrefillShape.of([(4096, 4096)])
 
 def prompt(key, new=1000, *, due_s=1.0, arrival_s=0.0, cached=0, deferred=False, begun=False):
     return Prompt(key, new, cached, arrival_s, due_s, deferred, begun)
+
+
+def tenths(prompts):
+    """A tenth of a second for each."""
+    return [0.1] * len(prompts)
 
 
 def backlog(*prompts):
@@ -144,10 +183,78 @@ def test_a_choice_meets_the_deadline_and_no_allowed_one_is_faster(
         assert other is None or other.rate <= choice.rate
 
 
+def all_ways(model, decode, shape, limit_s, modes, riding, most_tokens):
+    """(rate, mode, partition, tokens in a fused step) of what is compared, from the rules alone."""
+    found = []
+    if Mode.SPLIT in modes:
+        in_time = [s for s in TABLE.splits if model.decode(decode, s, shape).worst_s <= limit_s]
+        for split in in_time[:LOOKED_AT]:
+            rate = shape.tokens / model.prefill(shape, split, decode).expected_s
+            found.append((rate, Mode.SPLIT, split, 0))
+    if Mode.TURNS in modes:
+        step = model.decode(decode, TABLE.whole, None)
+        layer = model.prefill(shape, TABLE.whole, None).times(1 / LAYERS)
+        layers = min(int((limit_s - step.worst_s) / layer.worst_s), LAYERS)
+        if layers >= 1:
+            round_s = step.expected_s + layers * layer.expected_s
+            rate = shape.tokens * layers / LAYERS / round_s
+            found.append((rate, Mode.TURNS, TABLE.whole, 0))
+    if Mode.FUSED in modes:
+        sizes = {
+            min(size - decode.requests, shape.tokens)
+            for size in FUSED_STEP_TOKENS
+            if size <= most_tokens
+        }
+        sizes = sorted(size for size in sizes if size >= min(MIN_FUSED_TOKENS, shape.tokens))
+        low, high = 0, len(sizes)
+        while low < high:
+            middle = (low + high) // 2
+            slow = model.fused(decode, riding(sizes[middle])).worst_s > limit_s
+            low, high = (low, middle) if slow else (middle + 1, high)
+        for tokens in sizes[:low][-LOOKED_AT:][::-1]:
+            rate = tokens / model.fused(decode, riding(tokens)).expected_s
+            found.append((rate, Mode.FUSED, TABLE.whole, tokens))
+    return found
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    requests=st.integers(1, 300),
+    context=st.integers(1, 20_000),
+    new=st.integers(1, 8192),
+    cached=st.integers(0, 32768),
+    limits_s=st.lists(st.floats(1e-3, 0.3), min_size=1, max_size=3),
+    modes=st.frozensets(st.sampled_from(Mode), min_size=1),
+    most_tokens=st.sampled_from([512, 2048]),
+)
+def test_whatever_a_model_says_the_choice_is_that_of_a_plain_search(
+    seed, requests, context, new, cached, limits_s, modes, most_tokens
+):
+    """Asked one limit after another, and last for the gentlest split; the model is asked nothing
+    twice."""
+    model, decode = ErraticDevice(seed), DecodeShape(requests, requests * context)
+    shape = PrefillShape.of([(new, cached)])
+
+    def riding(tokens):
+        return PrefillShape.of([(tokens, cached)])
+
+    ways = Ways(model, TABLE, decode, shape, LAYERS, modes, riding, max_step_tokens=most_tokens)
+    chosen = [ways.best(limit_s) for limit_s in limits_s]
+    gentlest = ways.gentlest_split()
+    assert len(set(model.asked)) == len(model.asked)
+    for limit_s, choice in zip(limits_s, chosen, strict=True):
+        found = all_ways(model, decode, shape, limit_s, modes, riding, most_tokens)
+        best = max(found, key=lambda way: way[0], default=None)
+        assert best == (
+            choice and (choice.rate, choice.mode, choice.partition, choice.fused_tokens)
+        )
+    least = min(model.decode(decode, split, shape).worst_s for split in TABLE.splits)
+    assert gentlest.step.worst_s == least
+
+
 def test_what_can_be_in_time_goes_first_and_the_longest_is_given_up():
     prompts = [prompt("a", due_s=1.0), prompt("long", due_s=2.0), prompt("c", due_s=2.5)]
-    seconds = {"a": 0.9, "long": 1.0, "c": 0.8}
-    kept, given_up = fewest_late(prompts, 0.0, lambda entry: seconds[entry.key])
+    kept, given_up = fewest_late(prompts, 0.0, [0.9, 1.0, 0.8])
     assert [entry.key for entry in kept] == ["a", "c"]
     assert [entry.key for entry in given_up] == ["long"]
 
@@ -157,7 +264,7 @@ def test_no_other_order_has_fewer_late_prompts(jobs):
     by_due = sorted(jobs, key=lambda job: job[1])
     prompts = [prompt(str(i), due_s=due_s) for i, (_, due_s) in enumerate(by_due)]
     took = {str(i): seconds for i, (seconds, _) in enumerate(by_due)}
-    kept, _ = fewest_late(prompts, 0.0, lambda entry: took[entry.key])
+    kept, _ = fewest_late(prompts, 0.0, [seconds for seconds, _ in by_due])
 
     def all_in_time(subset):
         end_s = 0
@@ -176,11 +283,73 @@ def test_no_other_order_has_fewer_late_prompts(jobs):
     assert len(kept) == most
 
 
+@given(jobs=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), max_size=40))
+def test_of_those_that_make_one_late_the_longest_is_given_up_and_of_equals_the_first(jobs):
+    by_due = sorted(jobs, key=lambda job: job[1])
+    prompts = [prompt(str(i), due_s=due_s) for i, (_, due_s) in enumerate(by_due)]
+    took_s = [seconds for seconds, _ in by_due]
+    keeps: list[int] = []
+    for i in range(len(prompts)):
+        keeps.append(i)
+        if sum(took_s[kept] for kept in keeps) > prompts[i].due_s:
+            keeps.remove(max(keeps, key=lambda kept: took_s[kept]))
+    kept, given_up = fewest_late(prompts, 0.0, took_s)
+    assert kept == [prompts[i] for i in keeps]
+    assert given_up == [entry for i, entry in enumerate(prompts) if i not in keeps]
+
+
+@given(
+    waiting=st.lists(
+        st.tuples(
+            st.integers(1, 2000),
+            st.floats(0, 60),
+            st.floats(0, 60) | st.just(math.inf),
+            st.booleans(),
+        ),
+        max_size=60,
+    ),
+    half_filled=st.integers(0, 100),
+    now_s=st.floats(0, 60),
+)
+def test_an_order_is_what_the_rules_say(waiting, half_filled, now_s):
+    prompts = [
+        prompt(
+            f"{i:02}",
+            new,
+            arrival_s=arrival_s,
+            due_s=due_s,
+            deferred=deferred and i != half_filled,
+            begun=i == half_filled,
+        )
+        for i, (new, arrival_s, due_s, deferred) in enumerate(waiting)
+    ]
+    by_due = sorted(prompts, key=lambda p: (p.due_s, p.arrival_s, p.key))
+    by_arrival = sorted(prompts, key=lambda p: (p.arrival_s, p.key))
+    urgent = [p for p in by_due if p.due_s >= now_s][:LOOK_AHEAD]
+    urgent = [p for p in urgent if not p.deferred]
+    oldest = [p for p in by_arrival[:LOOK_BACK] if not p.deferred]
+    in_time, given_up = fewest_late(urgent, now_s, tenths(urgent))
+    begun = [p for p in prompts if p.begun]
+    expected = in_time + begun + sorted(given_up + oldest, key=lambda p: p.arrival_s)
+    if int(now_s / SLOT_S) % LATE_TURN == 0:
+        long_late = [
+            p for p in oldest if now_s - min(p.due_s, p.arrival_s + PATIENCE_S) > PATIENCE_S
+        ]
+        expected = long_late + expected
+    expected = [p for i, p in enumerate(expected) if p not in expected[:i]]
+    if begun:
+        place = expected.index(begun[0])
+        before, behind = expected[:place], expected[place + 1 :]
+        short = [p for p in before if p.new <= WHOLE_TOKENS]
+        expected = short + begun + [p for p in before if p not in short] + behind
+    assert by_due_time(backlog(*prompts), now_s, tenths) == expected
+
+
 def test_late_prompts_come_last_but_not_for_ever():
     late = prompt("late", due_s=1.0, arrival_s=0.0)
     now_s = 1.0 + PATIENCE_S + SLOT_S
     orders = [
-        [entry.key for entry in by_due_time(backlog(late, fresh), at_s, lambda _: 0.1)]
+        [entry.key for entry in by_due_time(backlog(late, fresh), at_s, tenths)]
         for slot in range(LATE_TURN)
         for at_s in [now_s + slot * SLOT_S]
         for fresh in [prompt("fresh", due_s=at_s + 1.0, arrival_s=at_s)]
@@ -193,7 +362,7 @@ def test_a_prompt_that_is_never_due_has_its_turn_too():
     patient = prompt("patient", due_s=math.inf, arrival_s=0.0)
     now_s = (int(3 * PATIENCE_S / SLOT_S / LATE_TURN) + 1) * LATE_TURN * SLOT_S
     fresh = prompt("fresh", due_s=now_s + 1.0, arrival_s=now_s)
-    assert by_due_time(backlog(patient, fresh), now_s, lambda _: 0.1)[0].key == "patient"
+    assert by_due_time(backlog(patient, fresh), now_s, tenths)[0].key == "patient"
 
 
 def test_only_short_prompts_overtake_a_half_filled_one():
@@ -203,7 +372,7 @@ def test_only_short_prompts_overtake_a_half_filled_one():
         prompt("begun", new=3000, due_s=3.0, cached=8192, begun=True),
         prompt("later", new=100, due_s=4.0),
     )
-    order = [entry.key for entry in by_due_time(waiting, 0.0, lambda _: 0.1)]
+    order = [entry.key for entry in by_due_time(waiting, 0.0, tenths)]
     assert order == ["short", "begun", "long", "later"]
 
 
@@ -211,13 +380,13 @@ def test_a_half_filled_prompt_is_never_lost_sight_of():
     """Late, and younger than all the others that are late: without it no long one could go on."""
     late = [prompt(f"late{i:02}", due_s=1.0, arrival_s=0.01 * i) for i in range(40)]
     begun = prompt("begun", new=9000, due_s=1.0, arrival_s=0.9, begun=True)
-    order = by_due_time(backlog(*late, begun), 5.0, lambda _: 0.1)
+    order = by_due_time(backlog(*late, begun), 5.0, tenths)
     assert order[0] is begun
 
 
 def test_deferred_prompts_are_left_out():
     waiting = backlog(prompt("twin", deferred=True), prompt("other", due_s=9.0))
-    assert [entry.key for entry in by_due_time(waiting, 0.0, lambda _: 0.1)] == ["other"]
+    assert [entry.key for entry in by_due_time(waiting, 0.0, tenths)] == ["other"]
 
 
 def test_without_decode_a_batch_takes_all_that_fits_and_is_not_sliced():
