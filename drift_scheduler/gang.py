@@ -190,6 +190,10 @@ def _nothing(run: LaneRun) -> None:
     return None
 
 
+def _no_matter() -> None:
+    return None
+
+
 class Gang(Generic[P, D]):
     """Two workers in step. `turn` does what can be done now and returns at once.
 
@@ -206,6 +210,9 @@ class Gang(Generic[P, D]):
         observe: Callable[[LaneRun], None] = _nothing,
     ) -> None:
         self.dispatcher = dispatcher  # may be replaced between turns
+        self.on_settled: Callable[[], None] = _no_matter
+        """Called when work has become tokens and before anything is launched: launches take the
+        host far longer than sending tokens does."""
         self.look_again_s: float | None = None
         """When the next turn is due even if nothing happens by then."""
         self._engine = engine
@@ -236,7 +243,12 @@ class Gang(Generic[P, D]):
         """One round. Returns whether anything was settled or launched."""
         # Slices are polled before decode steps: a batch may follow a fused step that fills the
         # same prompt, and is only finished once that step is settled.
-        settled = self._settle_slices() + self._settle_decode() + self._finish_prefill()
+        settled = self._settle_slices() + self._settle_decode()
+        if settled:
+            self.on_settled()
+        if self._finish_prefill():
+            self.on_settled()
+            settled += 1
         now_s = self._clock()
         view = self._view()
         if view.waiting and self._may_admit():
@@ -293,6 +305,7 @@ class Gang(Generic[P, D]):
                     fused_tokens=fused.tokens if fused else 0,
                     forecast=step.forecast,
                     reason=step.reason,
+                    settled_s=self._clock(),
                 )
             )
             self._engine.finish_decode(job)
@@ -327,6 +340,7 @@ class Gang(Generic[P, D]):
                     decode=done.beside,
                     forecast=done.forecast,
                     reason=done.reason,
+                    settled_s=self._clock(),
                 )
             )
             settled += 1

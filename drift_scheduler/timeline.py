@@ -32,7 +32,8 @@ class LaneRun:
     tokens: new tokens, of which fused_tokens are prompt tokens that rode in a decode step.
     `layers` is 0 for decode, which always runs all of them. decode, prefill: what the work was,
     or, of the other phase, what was planned to run beside it or rode in it. forecast: what it was
-    expected to take, where a model said so; reason: why it was launched like this.
+    expected to take, where a model said so; reason: why it was launched like this. settled_s: when
+    the host took notice of its end.
     """
 
     phase: Phase
@@ -46,6 +47,7 @@ class LaneRun:
     prefill: PrefillShape | None = None
     forecast: Forecast | None = None
     reason: str = ""
+    settled_s: float | None = None
 
     @property
     def mode(self) -> RunMode:
@@ -94,7 +96,7 @@ class Timeline:
     Runs of one phase do not overlap each other, and each phase's runs are added in order.
     """
 
-    def __init__(self, capacity: int = 4096) -> None:
+    def __init__(self, capacity: int = 8192) -> None:
         self._runs: dict[Phase, deque[LaneRun]] = {phase: deque(maxlen=capacity) for phase in Phase}
         self._settled: Recent[LaneRun] = Recent(2 * capacity)
         self._samples: Recent[QueueSample] = Recent(2 * capacity)

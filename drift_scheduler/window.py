@@ -114,6 +114,7 @@ def details(run: LaneRun) -> JsonObject:
         "actual_ms": _ms(run.span.duration_s),
         "expected_ms": _ms(forecast.expected_s) if forecast else None,
         "worst_ms": _ms(forecast.worst_s) if forecast else None,
+        "unnoticed_ms": None if run.settled_s is None else _ms(run.settled_s - run.span.end_s),
         "reason": run.reason,
     }
 

@@ -9,7 +9,7 @@ from drift_scheduler.view import PrefillView
 
 # Launching a layer may take the host half a millisecond, and so long nobody reads a finished step's
 # tokens. Slices are polled, so a shorter one costs prefill nothing.
-MAX_SLICE_LAYERS = 4
+MAX_SLICE_LAYERS = 2
 
 
 def layers_to_outlast(prefill: PrefillView, decode_s: float | None, layer_s: float | None) -> int:

@@ -506,7 +506,7 @@ def test_ablations():
 def test_static_keeps_its_split():
     policy = StaticSplit(TABLE, TABLE.splits[1])
     plan = policy.dispatch(load(prefill=active(), decode_step_s=0.02), 0.0)
-    assert (plan.partition, plan.decode, plan.prefill_layers) == (TABLE.splits[1], True, 4)
+    assert (plan.partition, plan.decode, plan.prefill_layers) == (TABLE.splits[1], True, 2)
     assert policy.dispatch(load(), 0.0).partition.exclusive
     alone = policy.dispatch(load(decode=IDLE, prefill=active(launched=0)), 0.0)
     assert (alone.partition, alone.prefill_layers) == (TABLE.whole, LAYERS)

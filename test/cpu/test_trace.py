@@ -29,6 +29,7 @@ DECODE = LaneRun(
     prefill=PrefillShape(512, 512**2, 0, 1),
     forecast=Forecast(0.010, 0.011),
     reason="split: 12 ms to spare",
+    settled_s=100.0125,
 )
 PREFILL = LaneRun(
     Phase.PREFILL,
@@ -84,6 +85,7 @@ def test_json_has_times_since_the_oldest_run_and_units_in_its_names():
         "actual_ms": 12.0,
         "expected_ms": 10.0,
         "worst_ms": 11.0,
+        "unnoticed_ms": 0.5,
         "reason": "split: 12 ms to spare",
     }
     assert shown["runs"][1]["expected_ms"] is None

@@ -3,8 +3,9 @@
 The loop, on one thread that owns all state and never blocks on a lane:
 
     receive   messages from the tokenizer manager and the detokenizer
-    turn      settle what has finished, plan, launch (drift_scheduler.gang)
-    send      new tokens to the detokenizer
+    turn      settle what has finished, send new tokens to the detokenizer, plan, launch
+              (drift_scheduler.gang)
+    send      first tokens that the launch has set free
     control   answers to calls that waited for the engine to be idle
     rest      until a message arrives or work finishes
 """
@@ -93,6 +94,7 @@ class Scheduler:
     ) -> None:
         self._engine = engine
         self._gang = gang
+        gang.on_settled = self._send
         self._timeline = timeline
         self._cache = cache
         self._outbox = outbox
