@@ -32,15 +32,17 @@ from drift_scheduler.estimator import Estimator
 from drift_scheduler.profile import GuardCell, Kind, Sample, Split
 from drift_scheduler.shapes import DecodeShape, PrefillShape
 
-OVERRUNS = 0.005
-RISE = 0.03
+OVERRUNS = 0.004
+RISE = 0.04
 _FALL = 1 - RISE * OVERRUNS / (1 - OVERRUNS)
 ABSURD = 1.5
 # An older ratio's weight in `expected`, once there are enough.
-RECALL = 1 / 64
+RECALL = 1 / 32
 STAND_IN = 2
 # A sample of which only the median of several runs is known: single ones are slower.
 OVER_A_MEDIAN = 1.05
+# Of a profile's samples, by the first margin.
+COVERED = 0.75
 
 DEFAULT_BESIDE = 1.15
 DEFAULT_MARGIN_BESIDE = 1.13
@@ -149,8 +151,13 @@ class Guard:
 
     @classmethod
     def of_samples(cls, estimator: Estimator, samples: Iterable[Sample]) -> Guard:
-        """A guard that has seen a profile's samples, alone and beside the other phase."""
+        """A guard that has seen a profile's samples, alone and beside the other phase.
+
+        A margin begins where it covers the slowest run of most of its samples, but not of the few
+        that an accident befell.
+        """
         guard = cls()
+        over: dict[tuple[_Family, Split], list[float]] = {}
         seen: dict[tuple[_Family, Split, _Buckets], list[Sample]] = {}
         for sample in samples:
             family = _family(sample.kind, sample.decode, sample.prefill)
@@ -159,16 +166,19 @@ class Guard:
         for (family, split, buckets), found in seen.items():
             ratios = [sample.seconds / estimator.solo_s(sample) for sample in found]
             expected = sum(ratios) / len(ratios)
-            worst = max(
-                ratio * (sample.slowest_s / sample.seconds if sample.slowest_s else OVER_A_MEDIAN)
-                for ratio, sample in zip(ratios, found, strict=True)
+            over.setdefault((family, split), []).extend(
+                ratio / expected * (s.slowest_s / s.seconds if s.slowest_s else OVER_A_MEDIAN)
+                for ratio, s in zip(ratios, found, strict=True)
             )
             clocks = [sample.clock_mhz for sample in found if sample.clock_mhz is not None]
             clock_mhz = sum(clocks) / len(clocks) if clocks else None
             group = guard._group(family, split)
             group.margin = group.margin or Margin(1.0)
-            group.margin.factor = max(group.margin.factor, worst / expected)
             group.cells[buckets] = Cell(expected, group.margin, len(found), clock_mhz)
+        for (family, split), factors in over.items():
+            margin = guard._group(family, split).margin
+            assert margin is not None
+            margin.factor = max(1.0, sorted(factors)[int(COVERED * len(factors))])
         return guard
 
     def cell(

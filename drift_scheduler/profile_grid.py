@@ -38,8 +38,11 @@ NEW_TOKENS = (
 # Not multiples of attention's tiles, so that a fit can tell how large those are.
 BEHIND_CACHED = (100, 400, 1024, 4096)
 CACHED_TOKENS = (4096, 16384, 32768)
+# What attention costs a cached token rises in steps, where its tiles begin another wave on the SMs.
+# It goes with the cached tokens, so one number of these is enough.
+BETWEEN = (256, 640, 768, 2048)
 REQUESTS = (1, 4, 8, 16, 32, 64, 128, 256)
-FUSED_NEW = (64, 128, 256, 512, 1024, 2048)
+FUSED_NEW = (64, 128, 256, 512, 640, 768, 1024, 2048)
 FUSED_CACHED = 8192
 
 
@@ -134,6 +137,8 @@ def _full(partition: Partition, limits: Limits) -> Iterator[Point]:
         for new in _up_to(BEHIND_CACHED, limits.new_tokens)
         for cached in _cached(limits)
     ]
+    cached = _cached(limits)[min(1, len(_cached(limits)) - 1)]
+    prefills += [PrefillBatch(new, cached) for new in _up_to(BETWEEN, limits.new_tokens)]
     prefills.append(PrefillBatch(512, 4096, prompts=limits.prompts))
     decodes = [
         DecodeBatch(requests, context)

@@ -245,7 +245,7 @@ class TestGrid:
         behind = {p.prefill.cached for p in points if p.prefill and not p.decode}
         assert behind == {0, 4096, 16_384, 32_768}
         fused = {(p.prefill.new, p.prefill.cached) for p in points if p.fused}
-        assert fused == set(itertools.product((64, 128, 256, 512, 1024, 2048), (0, 8192)))
+        assert fused == set(itertools.product((64, 128, 256, 512, 640, 768, 1024, 2048), (0, 8192)))
         assert len({p.decode for p in points if p.fused}) == 5
 
     def test_brief_is_much_less_but_has_every_kind(self):
