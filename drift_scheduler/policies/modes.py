@@ -24,8 +24,8 @@ from drift_scheduler.shapes import DecodeShape, PrefillShape
 # Tokens of a fused step in all. A step of a multiple of 128 fills the tiles of its products.
 FUSED_STEP_TOKENS = (64, 128, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
 MIN_FUSED_TOKENS = 32
-# Of the splits, and of the sizes of a fused step, that meet a deadline the first has the highest
-# rate, but for how it fills tiles: so many are compared.
+# Of the sizes of a fused step that meet a deadline the largest has the highest rate, but for how it
+# fills tiles: so many are compared.
 LOOKED_AT = 2
 
 
@@ -116,19 +116,11 @@ class Ways:
         return None if place is None else self._on_split(place)
 
     def _best_split(self, limit_s: float) -> Choice | None:
-        """Of the first that meet the deadline: further ones leave less to prefill."""
-        best: Choice | None = None
-        left = LOOKED_AT
+        """The first that meets the deadline: further ones leave less to prefill."""
         for place in range(len(self._splits)):
-            if self._step_on(place).worst_s > limit_s:
-                continue
-            choice = self._on_split(place)
-            if best is None or choice.rate > best.rate:
-                best = choice
-            left -= 1
-            if not left:
-                break
-        return best
+            if self._step_on(place).worst_s <= limit_s:
+                return self._on_split(place)
+        return None
 
     def _step_on(self, place: int) -> Forecast:
         """Splits are gone through in order: all before this one have been asked for."""

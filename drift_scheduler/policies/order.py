@@ -15,7 +15,7 @@ from operator import attrgetter, not_
 from drift_scheduler.backlog import Backlog, Prompt
 
 # Prompts looked at: the most urgent ones that are not late yet, and the oldest of all.
-LOOK_AHEAD = 32
+LOOK_AHEAD = 20
 LOOK_BACK = 8
 # One in LATE_TURN slots of this length begins with prompts that have been given up.
 SLOT_S = 1.0
