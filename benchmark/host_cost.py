@@ -44,7 +44,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
-from sglang.srt.messages import GenerateRequest, ToDetokenizer
+from sglang.srt.messages import GenerateRequest, ToDetokenizer, token_ids
 from sglang.srt.model_executor.host_batch import HostBatch
 from sglang.srt.sampling_params import SamplingParams
 
@@ -160,7 +160,9 @@ class Bench:
         for i, prompt in enumerate(tokens.tolist()):
             sampling = SamplingParams(max_new_tokens=case.output_tokens)
             self._engine.add(
-                GenerateRequest(rid=f"{i:032x}", input_ids=prompt, sampling=sampling, arrival_s=0.0)
+                GenerateRequest(
+                    rid=f"{i:032x}", input_ids=token_ids(prompt), sampling=sampling, arrival_s=0.0
+                )
             )
         for _ in range(START_LIMIT_TURNS):
             self.step()

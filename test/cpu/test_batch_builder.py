@@ -10,7 +10,7 @@ from sglang.srt.managers.jobs import Fill
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
-from sglang.srt.messages import GenerateRequest
+from sglang.srt.messages import GenerateRequest, token_ids
 from sglang.srt.model_executor.host_batch import HostBatch
 from sglang.srt.requests import Request
 from sglang.srt.sampling_params import SamplingParams
@@ -31,7 +31,7 @@ def request(
     """A request whose sequence has `slots` slots, of which the device knows `table_valid`."""
     ids = [10 * row + i for i in range(prompt)]
     message = GenerateRequest(
-        rid=rid, input_ids=ids, sampling=SamplingParams(**wish), arrival_s=0.0
+        rid=rid, input_ids=token_ids(ids), sampling=SamplingParams(**wish), arrival_s=0.0
     )
     made = Request(message, max_new_tokens=20, seed=row, eos_token_ids=frozenset({EOS}))
     made.row = row

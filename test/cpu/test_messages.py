@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from array import array
 from typing import Any
 
 import msgspec
@@ -27,9 +28,13 @@ from sglang.srt.messages import (
     ToTokenizer,
     decoder_for,
     encode,
+    token_ids,
 )
 from sglang.srt.sampling_params import SamplingParams
 
+_REQUEST = GenerateRequest(
+    rid="a", input_ids=token_ids([1, 2]), sampling=SamplingParams(), arrival_s=0.0
+)
 _DIRECTIONS: dict[str, Any] = {
     "scheduler": ToScheduler,
     "detokenizer": ToDetokenizer,
@@ -61,6 +66,8 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         fields = typing.get_type_hints(kind)
         return st.builds(kind, **{name: _values(hint) for name, hint in fields.items()})
+    if kind is array:
+        return st.lists(st.integers(-(2**31), 2**31 - 1), max_size=3).map(token_ids)
     if kind is Slo:
         limits_s = st.floats(min_value=0, exclude_min=True, allow_nan=False)
         return st.builds(Slo, limits_s, limits_s, limits_s)
@@ -80,7 +87,7 @@ def _accepts(direction: Any, kind: type[Message]) -> bool:
 
 def _minimal(kind: type[Message]) -> Message:
     """An instance with empty or zero values where the message has no default."""
-    zeros: dict[str, Any] = {"str": "", "int": 0, "float": 0.0, "bool": False}
+    zeros: dict[str, Any] = {"str": "", "int": 0, "float": 0.0, "bool": False, "array": array("i")}
     values = {
         field.name: SamplingParams()
         if field.type is SamplingParams
@@ -174,6 +181,8 @@ def test_default_containers_are_not_shared() -> None:
         msgspec.msgpack.encode({"rid": "no tag"}),
         msgspec.msgpack.encode({"type": "GenerateRequest", "rid": "fields are missing"}),
         msgspec.msgpack.encode({"type": "AbortRequest", "rid": 5}),
+        encode(_REQUEST).replace(b"\xc4\x08", b"\xc4\x07"),  # ids of 7 bytes
+        encode(_REQUEST).replace(b"\xc4\x08", b"\xa8"),  # a text in their place
         msgspec.msgpack.encode({"type": "FlushCache", "call_id": 2**70 // 2**7 * 1.5}),
     ],
     ids=repr,
@@ -194,6 +203,8 @@ def test_random_bytes_raise_nothing_else(packed: bytes) -> None:
 
 
 def test_messages_are_frozen() -> None:
-    request = GenerateRequest(rid="a", input_ids=[1], sampling=SamplingParams(), arrival_s=0.0)
+    request = GenerateRequest(
+        rid="a", input_ids=token_ids([1]), sampling=SamplingParams(), arrival_s=0.0
+    )
     with pytest.raises(AttributeError):
         request.rid = "b"  # type: ignore[misc]

@@ -33,7 +33,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
-from sglang.srt.messages import GenerateRequest
+from sglang.srt.messages import GenerateRequest, token_ids
 from sglang.srt.model_config import ModelConfig, resolve_model_source
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
 from sglang.srt.model_executor.host_batch import HostBatch, SampleWish, upload, upload_table_update
@@ -375,7 +375,9 @@ def serve(
     timeline = Timeline()
     gang = Gang(engine, lanes, dispatcher, timeline, time.monotonic)
     for i, (rid, (prompt, sampling)) in enumerate(requests.items()):
-        engine.add(GenerateRequest(rid=rid, input_ids=prompt, sampling=sampling, arrival_s=i))
+        engine.add(
+            GenerateRequest(rid=rid, input_ids=token_ids(prompt), sampling=sampling, arrival_s=i)
+        )
     answers = {rid: ([], 0) for rid in requests}
     deadline_s = time.monotonic() + LIMIT_S
     while not (engine.idle and gang.idle):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.messages import FinishReason, GenerateRequest
+from sglang.srt.messages import FinishReason, GenerateRequest, token_ids
 from sglang.srt.requests import PROMPT_TAIL_TOKENS, Request
 from sglang.srt.sampling_params import SamplingParams
 
@@ -13,7 +13,7 @@ from sglang.srt.sampling_params import SamplingParams
 def request(rid: str = "r", prompt_len: int = 3, **sampling) -> Request:
     message = GenerateRequest(
         rid=rid,
-        input_ids=list(range(prompt_len)),
+        input_ids=token_ids(range(prompt_len)),
         sampling=SamplingParams(**sampling),
         arrival_s=0.0,
     )

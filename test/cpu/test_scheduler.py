@@ -37,6 +37,7 @@ from sglang.srt.messages import (
     Shutdown,
     StopMatched,
     TokenBatch,
+    token_ids,
 )
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, cost_by_tokens
 from sglang.srt.observability.scheduler_log import SchedulerLog
@@ -218,7 +219,7 @@ def ask(
 ) -> GenerateRequest:
     return GenerateRequest(
         rid=rid,
-        input_ids=list(range(tokens)),
+        input_ids=token_ids(range(tokens)),
         sampling=SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens),
         arrival_s=arrival_s,
         **slo,

@@ -31,7 +31,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
-from sglang.srt.messages import FinishReason, GenerateRequest
+from sglang.srt.messages import FinishReason, GenerateRequest, token_ids
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
 from sglang.srt.model_executor.host_batch import SampleWish
 from sglang.srt.queue import WaitingQueue
@@ -230,7 +230,7 @@ class Server:
         self.engine.add(
             GenerateRequest(
                 rid=rid,
-                input_ids=list(prompt),
+                input_ids=token_ids(prompt),
                 sampling=SamplingParams(**{"temperature": 0.0, **sampling}),
                 arrival_s=self.clock.now_s + self._arrivals * 1e-9,
                 namespace=namespace,
@@ -410,7 +410,7 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
             server.engine.add(
                 GenerateRequest(
                     rid=rid,
-                    input_ids=list(wish.prompt),
+                    input_ids=token_ids(wish.prompt),
                     sampling=wish.sampling,
                     arrival_s=server.clock.now_s,
                     namespace=wish.namespace,
@@ -708,7 +708,10 @@ def test_a_request_that_comes_back_to_the_queue_keeps_its_place():
     requests = [
         Request(
             GenerateRequest(
-                rid=rid, input_ids=[1], sampling=SamplingParams(), arrival_s=float(arrival_s)
+                rid=rid,
+                input_ids=token_ids([1]),
+                sampling=SamplingParams(),
+                arrival_s=float(arrival_s),
             ),
             max_new_tokens=1,
             seed=0,

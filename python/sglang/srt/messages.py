@@ -13,12 +13,27 @@ Batches are columnar: element i of every list speaks of the same request.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from drift_scheduler.slo import Slo
 from sglang.srt.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    TokenIds = array[int]
+else:
+    TokenIds = array  # Python 3.11 has no array[int]
+
+
+def token_ids(ids: Iterable[int]) -> TokenIds:
+    """As they travel: prompts are long, and 32-bit integers side by side are read at once.
+
+    Raises OverflowError for an id that does not fit.
+    """
+    return array("i", ids)
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -40,14 +55,14 @@ class FinishReason(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
-    """One tokenised prompt. `arrival_s` is time.monotonic() at the HTTP server.
+    """One tokenised prompt, see token_ids. `arrival_s` is time.monotonic() at the HTTP server.
 
     `namespace` separates prefix caches: requests with different namespaces share nothing.
     `slo_class` is the name under which the request is counted, "" for one of our own.
     """
 
     rid: str
-    input_ids: list[int]
+    input_ids: TokenIds
     sampling: SamplingParams
     arrival_s: float
     namespace: str = ""
@@ -201,7 +216,25 @@ ALL_MESSAGES: tuple[type[Message], ...] = (
     Refused,
 )
 
-_encoder = msgspec.msgpack.Encoder()
+
+_ID_BYTES = array("i").itemsize
+
+
+def _to_wire(value: Any) -> Any:
+    if isinstance(value, array):
+        return value.tobytes()
+    raise NotImplementedError(f"{type(value).__name__} does not travel")
+
+
+def _from_wire(kind: type, value: Any) -> Any:
+    if kind is array and isinstance(value, bytes) and len(value) % _ID_BYTES == 0:
+        ids = array("i")
+        ids.frombytes(value)
+        return ids
+    raise ValueError(f"Expected the bytes of {kind.__name__}, got {type(value).__name__}")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_to_wire)
 
 
 def encode(message: Message) -> bytes:
@@ -211,4 +244,4 @@ def encode(message: Message) -> bytes:
 
 def decoder_for(union: Any) -> msgspec.msgpack.Decoder[Any]:
     """A decoder of one direction, e.g. `decoder_for(ToScheduler)`; raises msgspec.DecodeError."""
-    return msgspec.msgpack.Decoder(union)
+    return msgspec.msgpack.Decoder(union, dec_hook=_from_wire)

@@ -54,7 +54,7 @@ class Request:
         eos = () if self.sampling.ignore_eos else eos_token_ids
         self.stop_ids = tuple({*eos, *self.sampling.stop_token_ids})
 
-        self.prompt: npt.NDArray[np.int32] = np.asarray(message.input_ids, dtype=np.int32)
+        self.prompt: npt.NDArray[np.int32] = np.frombuffer(message.input_ids, dtype=np.int32)
         minimum = self.sampling.min_new_tokens
         self.wish = SampleWish(
             self.sampling,

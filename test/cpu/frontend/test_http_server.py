@@ -59,7 +59,7 @@ class TestGenerate:
         body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}}
         result = server.client.put("/generate", json=body).json()
         assert result["meta_info"]["finish_reason"] == {"type": "length", "length": 2}
-        assert server.engine.last_request.input_ids == [5, 6, 7]
+        assert server.engine.last_request.input_ids.tolist() == [5, 6, 7]
 
     def test_prefill_only(self, server: Any) -> None:
         body = {"text": "Hi", "sampling_params": {"max_new_tokens": 0}}
@@ -68,7 +68,7 @@ class TestGenerate:
         assert result["output_ids"] == []
 
     def test_batch_and_n(self, server: Any) -> None:
-        server.engine.scheduler.script = lambda request: request.input_ids
+        server.engine.scheduler.script = lambda request: request.input_ids.tolist()
         body = {
             "text": ["one", "two"],
             "sampling_params": {"n": 2, "temperature": 1},

@@ -9,7 +9,7 @@ import zmq
 
 from sglang.srt.ipc import Receiver, Sender, ipc_directory
 from sglang.srt.managers.scripted_scheduler import ScriptedScheduler
-from sglang.srt.messages import GenerateRequest, Shutdown, ToDetokenizer, TokenBatch
+from sglang.srt.messages import GenerateRequest, Shutdown, ToDetokenizer, TokenBatch, token_ids
 from sglang.srt.sampling_params import SamplingParams
 
 LIMIT_MS = 10_000
@@ -26,7 +26,9 @@ def test_a_turn_is_one_message() -> None:
         for rid in "abc":
             sampling = SamplingParams(max_new_tokens=3)
             to_scheduler.send(
-                GenerateRequest(rid=rid, input_ids=[1, 2], sampling=sampling, arrival_s=0.0)
+                GenerateRequest(
+                    rid=rid, input_ids=token_ids([1, 2]), sampling=sampling, arrival_s=0.0
+                )
             )
         thread = threading.Thread(target=scheduler.run, daemon=True)
         thread.start()

@@ -231,7 +231,7 @@ class _Form:
         result["output_ids"] = update.new_ids if self._incremental else answer.output_ids
         result["meta_info"] = meta_info(answer)
         if self._with_prompt_ids:
-            result["prompt_token_ids"] = answer.prompt.input_ids
+            result["prompt_token_ids"] = answer.prompt.input_ids.tolist()
         if self._with_index:
             result["index"] = answer.index
         return result

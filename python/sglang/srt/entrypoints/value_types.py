@@ -31,7 +31,8 @@ def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    # Faster than a test of each item, which takes as long as parsing did.
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def is_batch_of_ids(value: Any) -> TypeGuard[list[list[int]]]:

@@ -7,12 +7,15 @@ import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from sglang.srt.errors import RequestError
+from sglang.srt.messages import TokenIds, token_ids
 from sglang.srt.sampling_params import SamplingParams
 from sglang.srt.service_levels import NOTHING_ASKED, ServiceLevel
 
@@ -43,7 +46,7 @@ class Prompt:
 class TokenizedPrompt:
     """Ids that fit the model, and sampling parameters whose max_new_tokens is a number."""
 
-    input_ids: list[int]
+    input_ids: TokenIds
     sampling: SamplingParams
     namespace: str
     level: ServiceLevel = NOTHING_ASKED
@@ -106,7 +109,7 @@ class PromptEncoder:
         self, ids: list[int], skip_special_tokens: bool = True, *, field: str = "input_ids"
     ) -> str:
         """Text of a whole id list. Raises RequestError naming `field` for an id out of range."""
-        self._check_ids(ids, field)
+        self._packed(ids, field)
         text: str = self._required_tokenizer().decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -130,7 +133,7 @@ class PromptEncoder:
         field, sampling, limits = prompt.field, prompt.sampling, self.limits
         if not ids:
             raise RequestError(f"{field}: the prompt is empty, it has no tokens", field)
-        self._check_ids(ids, field)
+        packed = self._packed(ids, field)
         if len(ids) >= limits.context_length:
             if not limits.auto_truncate:
                 raise RequestError(
@@ -139,9 +142,9 @@ class PromptEncoder:
                     field,
                 )
             logger.warning("a prompt of %d tokens is cut to fit the context", len(ids))
-            ids = ids[: limits.context_length - 1]
+            packed = packed[: limits.context_length - 1]
 
-        room = limits.context_length - len(ids)
+        room = limits.context_length - len(packed)
         wanted = sampling.max_new_tokens
         if wanted is None or (wanted > room and limits.auto_truncate):
             shortest = min(sampling.min_new_tokens, room)
@@ -150,16 +153,19 @@ class PromptEncoder:
             )
         elif wanted > room:
             raise RequestError(
-                f"sampling_params.max_new_tokens {wanted} and the prompt's {len(ids)} tokens "
+                f"sampling_params.max_new_tokens {wanted} and the prompt's {len(packed)} tokens "
                 f"exceed the context of {limits.context_length}: ask for at most {room}",
                 "max_new_tokens",
             )
-        return TokenizedPrompt(ids, sampling, prompt.namespace, prompt.level)
+        return TokenizedPrompt(packed, sampling, prompt.namespace, prompt.level)
 
-    def _check_ids(self, ids: list[int], field: str) -> None:
+    def _packed(self, ids: list[int], field: str) -> TokenIds:
+        """A prompt may have many thousand ids, and the streams of others wait for this check."""
         size = self.limits.vocab_size
-        if ids and (min(ids) < 0 or max(ids) >= size):
-            bad = next(i for i in ids if not 0 <= i < size)
-            raise RequestError(
-                f"{field}: token id {bad} is outside the vocabulary [0, {size})", field
-            )
+        with suppress(OverflowError):
+            packed = token_ids(ids)
+            values = np.frombuffer(packed, np.int32) if packed else np.zeros(1, np.int32)
+            if values.min() >= 0 and values.max() < size:
+                return packed
+        bad = next(i for i in ids if not 0 <= i < size)
+        raise RequestError(f"{field}: token id {bad} is outside the vocabulary [0, {size})", field)

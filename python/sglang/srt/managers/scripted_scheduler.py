@@ -222,7 +222,7 @@ class ScriptedScheduler:
         sampling = request.sampling
         return StreamOptions(
             rid=request.rid,
-            prompt_tail=request.input_ids[-4:],
+            prompt_tail=request.input_ids[-4:].tolist(),
             stop=sampling.stop,
             skip_special_tokens=sampling.skip_special_tokens,
             spaces_between_special_tokens=sampling.spaces_between_special_tokens,

@@ -26,7 +26,7 @@ from sglang.srt.benchmarks.environment import describe, recorded_flags
 from sglang.srt.benchmarks.offline_throughput.options import OfflineOptions
 from sglang.srt.errors import ConfigError
 from sglang.srt.managers.engine_parts import EngineParts, build_engine
-from sglang.srt.messages import GenerateRequest, TokenBatch
+from sglang.srt.messages import GenerateRequest, TokenBatch, token_ids
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
@@ -180,7 +180,7 @@ def _requests(bench: BenchOptions, turns: Sequence[Turn]) -> list[GenerateReques
         requests.append(
             GenerateRequest(
                 rid=f"prompt-{index}",
-                input_ids=turn.prompt.tolist(),
+                input_ids=token_ids(turn.prompt.tolist()),
                 sampling=SamplingParams(
                     max_new_tokens=turn.max_tokens,
                     temperature=bench.temperature,
