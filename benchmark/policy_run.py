@@ -223,6 +223,8 @@ def measured(
 
     result: of bench_serving. Requests that had not ended when the client was stopped count as
     misses, like failed ones. prefill_tokens_per_s: computed ones, without those from the cache.
+    engine_waited_share: of the time, that others had the processor which the engine thread wanted;
+    above a percent or so the window says more of the host than of the policy.
     """
     ended = result["completed"] + result["failed"]
     sent = load.requests if result["interrupted"] else ended
@@ -257,6 +259,11 @@ def measured(
         "launches": lanes.launches,
         "counts": lanes.counts,
     }
+    row["host_allowance_ms"] = after["pd_multiplex"]["host_allowance_s"] * 1e3
+    threads = before["engine_thread"], after["engine_thread"]
+    row["engine_cpu_share"] = (threads[1]["cpu_s"] - threads[0]["cpu_s"]) / duration_s
+    if threads[0]["waited_s"] is not None:
+        row["engine_waited_share"] = (threads[1]["waited_s"] - threads[0]["waited_s"]) / duration_s
     if "slo" in after:
         row["server_slo"] = {"before": before.get("slo"), "after": after["slo"]}
     if result["completed"] == 0:

@@ -23,7 +23,8 @@ from typing import Generic, Protocol, TypeVar
 
 from drift_scheduler.backlog import Backlog
 from drift_scheduler.dispatcher import Admission, Dispatcher, Forecast, Plan
-from drift_scheduler.lane import Lane, LaneProvider, Phase, Ticket, Work
+from drift_scheduler.host_delay import HostDelay
+from drift_scheduler.lane import Lane, LaneProvider, Phase, Span, Ticket, Work
 from drift_scheduler.partition import Partition
 from drift_scheduler.shapes import DecodeShape, PrefillShape
 from drift_scheduler.timeline import LaneRun, Timeline
@@ -83,6 +84,9 @@ class DecodeLoad:
     tbt_s: float = math.inf
     joined_due_s: float = math.inf
 
+
+# A step launched later than so after the one before it was settled does not go on with its tokens.
+FOLLOWS_S = 5e-3
 
 P = TypeVar("P", bound=PrefillJob)
 D = TypeVar("D", bound=DecodeJob)
@@ -226,6 +230,8 @@ class Gang(Generic[P, D]):
         self._decode: deque[_Step[D]] = deque()
         self._decode_step_s: float | None = None
         self._decode_ended_s = 0.0
+        self._decode_settled_s = -math.inf
+        self._host_delay = HostDelay()
         # A phase's launches may move between lanes: each one runs behind the last of its phase.
         self._last_decode: Ticket | None = None
         self._last_slice: Ticket | None = None
@@ -238,6 +244,11 @@ class Gang(Generic[P, D]):
     def idle(self) -> bool:
         """Nothing is in flight."""
         return self._prefill is None and not self._decode
+
+    @property
+    def host_allowance_s(self) -> float:
+        """See HostDelay."""
+        return self._host_delay.allowance_s
 
     def turn(self) -> bool:
         """One round. Returns whether anything was settled or launched."""
@@ -292,7 +303,9 @@ class Gang(Generic[P, D]):
             fused = job.fused
             if fused is None:
                 self._decode_step_s = span.duration_s
-            self._decode_ended_s = span.end_s
+            settled_s = self._clock()
+            self._note_delay(step, span, settled_s)
+            self._decode_ended_s, self._decode_settled_s = span.end_s, settled_s
             self._note(
                 LaneRun(
                     Phase.DECODE,
@@ -305,12 +318,22 @@ class Gang(Generic[P, D]):
                     fused_tokens=fused.tokens if fused else 0,
                     forecast=step.forecast,
                     reason=step.reason,
-                    settled_s=self._clock(),
+                    settled_s=settled_s,
                 )
             )
             self._engine.finish_decode(job)
             settled += 1
         return settled
+
+    def _note_delay(self, step: _Step[D], span: Span, settled_s: float) -> None:
+        """By what the host has delayed the step's tokens: it launched the step late, or noticed
+        its end late; what it noticed the last one late by is not added."""
+        if step.launched_s - self._decode_settled_s > FOLLOWS_S:
+            return
+        launched_late_s = max(0.0, step.launched_s - self._decode_ended_s)
+        noticed_late_s = settled_s - span.end_s
+        last_late_s = self._decode_settled_s - self._decode_ended_s
+        self._host_delay.observe(launched_late_s + noticed_late_s - last_late_s)
 
     def _settle_slices(self) -> int:
         # A parked batch's slices were launched before those of the batch in flight, and may end
@@ -379,6 +402,7 @@ class Gang(Generic[P, D]):
             decode_ends_s=self._decode_ends_s(),
             prefill=self._prefill.view(engine.num_layers) if self._prefill else None,
             parked=self._parked.view(engine.num_layers) if self._parked else None,
+            host_s=self.host_allowance_s,
         )
 
     def _decode_ends_s(self) -> float | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from drift_scheduler.backlog import Backlog
+from drift_scheduler.host_delay import START_S
 from drift_scheduler.shapes import NOTHING_RUNNING, DecodeShape, PrefillShape
 
 
@@ -48,7 +49,7 @@ class LoadView:
     settled step without prompt tokens, if any. decode_ends_s: when the launched steps are
     expected to end, None without any. tbt_s: the strictest of the running requests.
     joined_due_s: when the first of those that have joined since the last launch wants its next
-    token; infinity if none has.
+    token; infinity if none has. host_s: what the host may add to the time between two tokens.
 
     prefill: the batch whose layers are launched now; parked: one that it has pre-empted.
     """
@@ -64,6 +65,7 @@ class LoadView:
     tbt_s: float = math.inf
     joined_due_s: float = math.inf
     parked: PrefillView | None = None
+    host_s: float = START_S
     backlog: Backlog = field(default_factory=Backlog)
 
     @property

@@ -33,8 +33,6 @@ from drift_scheduler.policies.slices import layers_to_outlast
 from drift_scheduler.shapes import PrefillShape
 from drift_scheduler.view import LoadView, PrefillView
 
-# Of the time between tokens, what the host, the network and the clock may take.
-HOST_S = 1.5e-3
 # A step is launched so long before the one before it ends: late enough to know who joins it, early
 # enough that the device does not wait for the host.
 LAUNCH_AHEAD_S = 3e-3
@@ -225,8 +223,8 @@ class Adaptive:
         starts_s = max(now_s, view.decode_ends_s or now_s)
         joined_s = view.joined_due_s - starts_s
         if joined_s < tbt_s:
-            return joined_s - HOST_S, tbt_s - HOST_S
-        return (tbt_s - HOST_S,)
+            return joined_s - view.host_s, tbt_s - view.host_s
+        return (tbt_s - view.host_s,)
 
     def _step_due(self, view: LoadView, now_s: float) -> tuple[bool, float | None]:
         """Whether to launch a decode step now, and if not, when."""

@@ -932,3 +932,43 @@ def test_tokens_are_sent_before_anything_is_launched():
     launches = [place for place, entry in enumerate(bench.log) if entry[0] in ("step", "slice")]
     assert launches
     assert bench.log.index("sent") < min(launches)
+
+
+class Watching:
+    """Keeps what it was told of the host."""
+
+    def __init__(self) -> None:
+        self.policy = SplitByBatchSize(TABLE, (1, 2))
+        self.host_s: list[float] = []
+
+    def admit(self, view: LoadView, now_s: float) -> Admission | None:
+        return self.policy.admit(view, now_s)
+
+    def dispatch(self, view: LoadView, now_s: float) -> Plan:
+        self.host_s.append(view.host_s)
+        return self.policy.dispatch(view, now_s)
+
+
+def test_what_the_host_delays_tokens_by_is_learnt():
+    policy = Watching()
+    bench = Bench(policy)
+    bench.decoding()
+    on_time = policy.host_s[-1]
+    for _ in range(3):  # looks again long after the step has ended
+        next_s = bench.lanes.next_completion_s()
+        bench.clock.advance_to(next_s + 0.5 * len(policy.host_s))
+        bench.settle()
+    assert policy.host_s[-1] > on_time
+
+
+def test_a_pause_without_requests_is_no_delay():
+    policy = Watching()
+    bench = Bench(policy)
+    bench.engine.left["a"] = 1
+    bench.settle()
+    bench.advance()
+    bench.clock.advance_to(bench.clock.now_s + 60.0)
+    bench.engine.left["a"] = 1
+    bench.settle()
+    bench.advance()
+    assert policy.host_s[-1] <= policy.host_s[0]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from drift_scheduler.backlog import Backlog, Prompt
 from drift_scheduler.dispatcher import Forecast
+from drift_scheduler.host_delay import START_S
 from drift_scheduler.partition import Partition, PartitionTable
-from drift_scheduler.policies.adaptive import HOST_S, LAUNCH_AHEAD_S, Adaptive
+from drift_scheduler.policies.adaptive import LAUNCH_AHEAD_S, Adaptive
 from drift_scheduler.policies.factory import PolicyFactory
 from drift_scheduler.policies.modes import (
     FUSED_STEP_TOKENS,
@@ -413,7 +414,7 @@ def test_beside_a_tight_decode_the_batch_is_small_and_split():
     assert plan.decode
     # Two slices in flight outlast the step, so each has half of it.
     assert plan.prefill_layers == math.ceil(plan.step.expected_s / 2 / plan.layer.expected_s)
-    assert plan.step.worst_s <= 1.6 * solo_s() - HOST_S
+    assert plan.step.worst_s <= 1.6 * solo_s() - START_S
 
 
 def test_with_slack_prompts_ride_in_the_step():
@@ -424,7 +425,7 @@ def test_with_slack_prompts_ride_in_the_step():
     assert plan.partition.exclusive
     assert plan.fused_order == ("b", "a")
     assert plan.fused_tokens > 128
-    assert plan.step.worst_s <= 0.05 - HOST_S
+    assert plan.step.worst_s <= 0.05 - START_S
 
 
 def test_a_fused_step_is_no_larger_than_may_be():
@@ -444,7 +445,7 @@ def test_a_request_that_joins_late_is_waited_for_less():
     limit_s = 1.7 * solo_s()
     patient = ADAPTIVE.dispatch(load(prefill=active(), tbt_s=0.1), 0.0)
     hurried = ADAPTIVE.dispatch(load(prefill=active(), tbt_s=0.1, joined_due_s=limit_s), 0.0)
-    assert gap_s(hurried) <= limit_s - HOST_S < gap_s(patient)
+    assert gap_s(hurried) <= limit_s - START_S < gap_s(patient)
 
 
 def test_no_way_in_time_still_computes_both():

@@ -24,11 +24,13 @@ LANES = {
     "decode_busy_s": 2.0,
     "both_busy_s": 0.5,
     "fused_busy_s": 0.25,
+    "host_allowance_s": 0.002,
     "partitions": [
         {"exclusive": True, "prefill_sms": 132, "decode_sms": 132, "launches": 5},
         {"exclusive": False, "prefill_sms": 84, "decode_sms": 48, "launches": 7},
     ],
 }
+THREAD = {"cpu_s": 1.0, "waited_s": 0.5}
 
 
 def write_trace(path, rows, input_length=10):
@@ -93,7 +95,11 @@ class FakeTarget:
         self._fail("choose")
 
     def state(self):
-        return {"pd_multiplex": LANES, "slo": {"finished": len(self.log)}}
+        return {
+            "pd_multiplex": LANES,
+            "engine_thread": THREAD,
+            "slo": {"finished": len(self.log)},
+        }
 
     def bench(self, load, limit_s):
         self.log.append(("bench", load.seconds, load.seed))
@@ -259,8 +265,12 @@ class TestMeasured:
         row = measured(
             self.load,
             bench_result(),
-            {"pd_multiplex": LANES, "slo": 1},
-            {"pd_multiplex": after, "slo": 2},
+            {"pd_multiplex": LANES, "engine_thread": THREAD, "slo": 1},
+            {
+                "pd_multiplex": after,
+                "engine_thread": {"cpu_s": 3.0, "waited_s": 0.7},
+                "slo": 2,
+            },
         )
         assert row["requests"] == 10
         assert (row["attainment"], row["attainment_ttft"], row["attainment_tbt"]) == (0.5, 0.7, 0.6)
@@ -270,11 +280,14 @@ class TestMeasured:
         assert row["prefill_busy_share"] == pytest.approx(0.4)
         assert row["both_busy_share"] == pytest.approx(0.3)
         assert row["fused_share"] == pytest.approx(0.1)
+        assert row["host_allowance_ms"] == 2.0
+        assert row["engine_cpu_share"] == pytest.approx(2.0 / row["duration_s"])
+        assert row["engine_waited_share"] == pytest.approx(0.2 / row["duration_s"])
         assert row["launches"] == {"whole": 0, "p84/d48": 11}
         assert row["server_slo"] == {"before": 1, "after": 2}
 
     def test_what_was_not_finished_is_a_miss(self):
-        state = {"pd_multiplex": LANES}
+        state = {"pd_multiplex": LANES, "engine_thread": {"cpu_s": 1.0, "waited_s": None}}
         row = measured(self.load, bench_result(interrupted=True), state, state)
         assert (row["requests"], row["unfinished"]) == (20, 10)
         assert row["attainment"] == pytest.approx(0.25)
@@ -282,7 +295,7 @@ class TestMeasured:
         assert "server_slo" not in row
 
     def test_no_answer_at_all_is_an_error(self):
-        state = {"pd_multiplex": LANES}
+        state = {"pd_multiplex": LANES, "engine_thread": {"cpu_s": 1.0, "waited_s": None}}
         row = measured(
             self.load, bench_result(0.0, completed=0, failed=10, cache_report=None), state, state
         )

@@ -48,6 +48,7 @@ from sglang.srt.messages import (
     ToScheduler,
 )
 from sglang.srt.observability.scheduler_log import Load, SchedulerLog
+from sglang.srt.observability.thread_time import thread_times
 from sglang.srt.observability.watchdog import Watchdog
 from sglang.srt.requests import Request
 from sglang.srt.server_args import ServerArgs
@@ -238,10 +239,12 @@ class Scheduler:
             "cached_tokens": self._cache.radix.evictable + self._cache.radix.protected,
             "retractions": self._engine.retractions,
             "slo": self._attainment.snapshot(self._clock()),
+            "engine_thread": thread_times(),
             "pd_multiplex": {
                 "enabled": bool(self._lanes.table.splits),
                 "policy": self._timeline.policy,
                 **self._timeline.counts,
+                "host_allowance_s": self._gang.host_allowance_s,
                 "prefill_busy_s": self._timeline.busy_s(Phase.PREFILL),
                 "decode_busy_s": self._timeline.busy_s(Phase.DECODE),
                 "both_busy_s": self._timeline.both_busy_s,
