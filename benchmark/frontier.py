@@ -1,13 +1,15 @@
 """Prefill rate beside decode, by decode step time: measured, drawn, and compared with the choice.
 
     python -m benchmark.frontier --model benchmark/models/llama-3.1-8b \\
-        --out benchmark/results/frontier_h100.jsonl --png frontier.png -- --drift-profile P.json
+        --out benchmark/results/frontier_h100.jsonl --png frontier.png \\
+        --baseline benchmark/baselines/plain_pytorch_split_h100.json -- --drift-profile P.json
 
 For each decode batch: the step alone; split, a sliced prefill beside it on every partition of the
 table; fused, prompt tokens riding in it, for every size the dispatcher knows; and turns, which
 follow from the times of both alone. All on the lanes that serving uses, launched as it does. Then,
 for deadlines of several times the step alone, what the dispatcher would choose from its latency
-model, and the measured rate of that choice over the best measured one. Server flags follow `--`.
+model, and the measured rate of that choice over the best measured one. With --baseline, splits are
+compared with another engine's at the same step time. Server flags follow `--`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmark.frontier_baseline import Baseline
 from benchmark.frontier_ways import Row, Way, judge, turns, way_row
 from benchmark.trace_load import model_flags
 from drift_scheduler.lane import LaneProvider, Phase
@@ -29,6 +32,7 @@ from drift_scheduler.policies.modes import (
     best_mode,
     gentlest_split,
 )
+from drift_scheduler.policies.slices import MAX_SLICE_LAYERS
 from drift_scheduler.shapes import DecodeShape, PrefillShape
 from sglang.srt.benchmarks.completion import rest
 from sglang.srt.benchmarks.engine_flags import whole
@@ -286,9 +290,11 @@ def _check(executor: Executor, decode: Sequence[DecodeCase], prefill: PrefillCas
             raise ConfigError(f"{longest} tokens: raise --context-length or choose shorter cases")
 
 
-def report(frontiers: Sequence[Frontier], chosen: Sequence[Row]) -> str:
+def report(
+    frontiers: Sequence[Frontier], chosen: Sequence[Row], baseline: Baseline | None = None
+) -> str:
     """Ways in the order of their steps, then the choices."""
-    lines = []
+    lines = [] if baseline is None else [f"Baseline: {baseline.what}"]
     for frontier in frontiers:
         lines.append(
             f"decode {frontier.decode} ({frontier.solo_ms:.1f} ms alone), "
@@ -297,6 +303,7 @@ def report(frontiers: Sequence[Frontier], chosen: Sequence[Row]) -> str:
         measured = [way for way in frontier.ways if way.mode != Mode.TURNS]
         lines += [
             f"  {way!s:18} {way.step_ms:7.1f} ms  {way.rate / 1e3:6.1f}k tokens/s"
+            + _gain(baseline, frontier, way)
             for way in sorted(measured, key=lambda way: (way.mode, way.step_ms))
         ]
     for row in chosen:
@@ -308,6 +315,17 @@ def report(frontiers: Sequence[Frontier], chosen: Sequence[Row]) -> str:
             f"({row['deadline_ms']:.1f} ms): {row['choice']} for {row['best']}{ratio}{late}"
         )
     return "\n".join(lines)
+
+
+def _gain(baseline: Baseline | None, frontier: Frontier, way: Way) -> str:
+    if baseline is None or way.mode != Mode.SPLIT or str(frontier.decode) not in baseline.frontiers:
+        return ""
+    rate = baseline.rate(str(frontier.decode), way.step_ms)
+    return (
+        ", a shorter step than the baseline has"
+        if rate is None
+        else f", {way.rate / rate - 1:+.0%}"
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -332,7 +350,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NEW+CACHED",
         help=f"(default: {DEFAULT_PREFILL})",
     )
-    parser.add_argument("--slice-layers", type=whole(1), default=4, help="(default: 4)")
+    parser.add_argument(
+        "--slice-layers",
+        type=whole(1),
+        default=MAX_SLICE_LAYERS,
+        help=f"(default: {MAX_SLICE_LAYERS})",
+    )
     parser.add_argument("--decode-steps", type=whole(2), default=30, help="(default: 30)")
     parser.add_argument("--prefill-runs", type=whole(1), default=4, help="(default: 4)")
     parser.add_argument("--warm-up", type=whole(1), default=2, help="(default: 2)")
@@ -340,6 +363,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
     parser.add_argument("--png", type=Path, help="the frontiers as a picture")
+    parser.add_argument("--baseline", type=Path, help="another engine's splits, to compare with")
     parser.add_argument("server_flags", nargs="*", help="flags of the server, behind --")
     return parser.parse_args(argv)
 
@@ -361,11 +385,14 @@ def _case(
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     try:
+        baseline = None if given.baseline is None else Baseline.load(given.baseline)
+        if baseline is not None and baseline.prefill != str(given.prefill):
+            raise ConfigError(f"--prefill {given.prefill}: the baseline's is {baseline.prefill}")
         frontiers, chosen = measure(given)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
-    print("\n" + report(frontiers, chosen))
+    print("\n" + report(frontiers, chosen, baseline))
     if given.png is not None:
         draw(frontiers, given.png)
     return 0

@@ -41,7 +41,7 @@ CACHED_TOKENS = (4096, 16384, 32768)
 # What attention costs a cached token rises in steps, where its tiles begin another wave on the SMs.
 # It goes with the cached tokens, so one number of these is enough.
 BETWEEN = (256, 640, 768, 2048)
-REQUESTS = (1, 4, 8, 16, 32, 64, 128, 256)
+REQUESTS = (1, 4, 8, 16, 32, 64, 96, 128, 256)
 FUSED_NEW = (64, 128, 256, 512, 640, 768, 1024, 2048)
 FUSED_CACHED = 8192
 

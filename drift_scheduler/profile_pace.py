@@ -18,7 +18,6 @@ from drift_scheduler.profiler import DecodeBatch, Meter, Point, PrefillBatch, Re
 
 # From the pace we want down to the least that still says something.
 PACES = (
-    Repetitions(14, 3, settle_s=0.1),
     Repetitions(12, 3, settle_s=0.1),
     Repetitions(12, 2, settle_s=0.1),
     Repetitions(6, 1),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmark.frontier import Surveyor, choices, draw, fused_tokens, parse, report
+from benchmark.frontier_baseline import Baseline
 from benchmark.frontier_ways import Way, best_within, judge, turns
 from drift_scheduler.dispatcher import Forecast
 from drift_scheduler.lane_virtual import TimedWork, VirtualClock, VirtualLanes
@@ -15,6 +16,7 @@ from drift_scheduler.shapes import DecodeShape, PrefillShape
 from sglang.srt.benchmarks.one_batch.batches import Placement
 from sglang.srt.benchmarks.one_batch.cases import DecodeCase, PrefillCase
 from sglang.srt.benchmarks.one_batch.measure import Bench, Distribution, Repetitions
+from sglang.srt.errors import ConfigError
 
 SPLIT = Partition(1, 100, 32)
 TABLE = PartitionTable(132, (SPLIT,))
@@ -199,3 +201,43 @@ def test_the_default_cases_are_the_reference_ones():
     assert given.prefill == PrefillCase(4096, 4096)
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--out", "o", "--decode", "8"])
+
+
+class TestBaseline:
+    TEXT = '{"what": "theirs", "prefill": "100+4", "frontiers": {"2x8": [[10, 100], [20, 300]]}}'
+
+    def load(self, tmp_path, text=TEXT):
+        path = tmp_path / "baseline.json"
+        path.write_text(text)
+        return Baseline.load(path)
+
+    def test_rates_lie_on_the_line(self, tmp_path):
+        baseline = self.load(tmp_path)
+        steps = (9.9, 10.0, 15.0, 20.0, 99.0)
+        assert [baseline.rate("2x8", step) for step in steps] == [None, 100, 200, 300, 300]
+        assert baseline.rate("3x8", 15.0) is None
+
+    def test_the_report_compares_splits(self, tmp_path, frontier):
+        text = report([frontier], [], self.load(tmp_path))
+        split = next(way for way in frontier.ways if way.mode == "split")
+        rate = self.load(tmp_path).rate("2x8", split.step_ms)
+        gain = "a shorter step" if rate is None else f"{split.rate / rate - 1:+.0%}"
+        assert "theirs" in text.splitlines()[0]
+        assert [gain in line for line in text.splitlines() if "split" in line] == [True]
+        assert all("%" not in line for line in text.splitlines() if "fused" in line)
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("{", "truncated"),
+            ('{"what": "x"}', "prefill"),
+            (TEXT.replace("[10,", "[30,"), "2x8: steps must rise"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, tmp_path, text, why):
+        with pytest.raises(ConfigError, match=why):
+            self.load(tmp_path, text)
+
+    def test_a_missing_file_is_named(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"nothing\.json"):
+            Baseline.load(tmp_path / "nothing.json")

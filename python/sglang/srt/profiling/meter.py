@@ -14,6 +14,7 @@ import torch
 
 from drift_scheduler.lane import LaneProvider, Phase
 from drift_scheduler.partition import Partition
+from drift_scheduler.policies.slices import MAX_SLICE_LAYERS
 from drift_scheduler.profile_grid import Limits
 from drift_scheduler.profile_pace import WARM_UP
 from drift_scheduler.profiler import DecodeBatch, Measured, PrefillBatch, Repetitions
@@ -26,7 +27,6 @@ from sglang.srt.model_executor.host_batch import HostBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, Runner
 from sglang.srt.profiling.nvml import NvmlClock
 
-SLICE_LAYERS = 4  # on a split: about what outlasts a decode step
 # For the clock: several readings in all but the shortest measurements.
 CLOCK_INTERVAL_S = 0.02
 
@@ -101,7 +101,7 @@ class EngineMeter:
 
     def _slice_layers(self, partition: Partition) -> int:
         layers = self._runner.num_layers
-        return layers if partition.exclusive else min(SLICE_LAYERS, layers)
+        return layers if partition.exclusive else min(MAX_SLICE_LAYERS, layers)
 
     def _mhz(self, since_s: float) -> float | None:
         return self._clock.mean_mhz(since_s) if self._clock else None
