@@ -321,11 +321,9 @@ def _gain(baseline: Baseline | None, frontier: Frontier, way: Way) -> str:
     if baseline is None or way.mode != Mode.SPLIT or str(frontier.decode) not in baseline.frontiers:
         return ""
     rate = baseline.rate(str(frontier.decode), way.step_ms)
-    return (
-        ", a shorter step than the baseline has"
-        if rate is None
-        else f", {way.rate / rate - 1:+.0%}"
-    )
+    if rate is None:
+        return ", a shorter step than the baseline has"
+    return f", {way.rate / rate - 1:+.0%}"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

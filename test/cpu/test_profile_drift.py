@@ -120,7 +120,7 @@ class TestMeter:
     def test_and_goes_in_slices_on_a_split(self, virtual):
         meter, runner = virtual
         assert meter.prefill(SPLIT, PrefillBatch(8), 1).seconds == pytest.approx(6 * 0.01)
-        assert runner.slices == [(Phase.PREFILL, 1, 4), (Phase.PREFILL, 1, 2)] * 2
+        assert runner.slices == [(Phase.PREFILL, 1, 2)] * 3 * 2
 
     def test_prompts_ride_in_a_decode_step_of_the_whole_device(self, virtual):
         meter, runner = virtual
