@@ -6,8 +6,7 @@ PROFILE is of `python -m sglang.profile_drift`; of any machine, for only the dis
 counts. For each queue length, four situations in turn: prompts wait beside decode, a batch runs
 beside decode and could be pre-empted, the same with slices enough in flight, decode alone. Where
 admit lets a batch in, dispatch is asked with that batch, as in a turn of the server; what makes
-the batch is not counted. The garbage collector is as in the server: what was there before is
-frozen, and it runs.
+the batch is not counted. The garbage collector does not run meanwhile, as in the server.
 
 One JSON line a queue length: microseconds of admit and dispatch together, p50, p99 and largest.
 """
@@ -15,7 +14,6 @@ One JSON line a queue length: microseconds of admit and dispatch together, p50, 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import math
 import random
@@ -38,6 +36,7 @@ from drift_scheduler.profile import Profile
 from drift_scheduler.shapes import DecodeShape, PrefillShape
 from drift_scheduler.view import LoadView, PrefillView
 from sglang.srt.benchmarks.environment import describe
+from sglang.srt.managers.cycle_collector import undisturbed
 
 LAYERS = 32
 RUNNING = 256
@@ -120,12 +119,8 @@ def measure(profile: Profile, waiting: int, decisions: int, seed: int) -> dict[s
     policy = Adaptive(table, Latencies.of(profile, LAYERS), LAYERS, max_batch_tokens=8192)
     now_s = 1000.0
     looked_at = itertools.islice(views(waiting, now_s, random.Random(seed)), SETTLED + decisions)
-    gc.collect()
-    gc.freeze()  # as the scheduler process does before it serves
-    try:
+    with undisturbed():  # as a server is
         took_us = [decide_ns(policy, view, now_s) / 1e3 for view in looked_at]
-    finally:
-        gc.unfreeze()
     p50, p99, largest = np.percentile(took_us[SETTLED:], [50, 99, 100]).round(1).tolist()
     return {"p50_us": p50, "p99_us": p99, "largest_us": largest}
 

@@ -16,7 +16,6 @@ Appends one JSON line a case: microseconds of a step, in all and by part.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ from drift_scheduler.timeline import Timeline
 from sglang.srt.benchmarks.environment import describe
 from sglang.srt.ipc import Receiver, Sender, ipc_directory
 from sglang.srt.managers.admission import EngineLimits
+from sglang.srt.managers.cycle_collector import undisturbed
 from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.serving_engine import ServingEngine
@@ -195,16 +195,14 @@ def measure(case: Case) -> dict[str, Any]:
         sender = Sender(context, ipc.detokenizer)
         bench = Bench(case, sender)
         steps = []
-        gc.collect()
-        gc.freeze()  # as the scheduler process does before it serves
         try:
-            for index in range(WARM_UP_STEPS + case.steps):
-                step = bench.step()
-                receiver.drain()
-                if index >= WARM_UP_STEPS:
-                    steps.append([step[part] for part in PARTS])
+            with undisturbed():  # as a server is
+                for index in range(WARM_UP_STEPS + case.steps):
+                    step = bench.step()
+                    receiver.drain()
+                    if index >= WARM_UP_STEPS:
+                        steps.append([step[part] for part in PARTS])
         finally:
-            gc.unfreeze()
             sender.close()
             receiver.close()
     by_part = np.asarray(steps)

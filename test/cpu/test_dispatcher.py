@@ -63,10 +63,10 @@ def test_a_lone_prefill_is_not_sliced():
 @pytest.mark.parametrize(
     ("decode_step_s", "layer_s", "launched", "layers"),
     [
-        (0.010, 0.003, 12, 4),  # 3 layers end before the step does
-        (0.009, 0.003, 12, 3),
+        (0.004, 0.003, 12, 2),  # 1 layer ends before the step does
+        (0.003, 0.003, 12, 1),
         (0.001, 0.003, 12, 1),
-        (1.0, 0.003, 30, 2),  # no more than are left
+        (1.0, 0.003, 31, 1),  # no more than are left
         (1.0, 0.003, 12, MAX_SLICE_LAYERS),
         (0.010, 0.0, 12, MAX_SLICE_LAYERS),  # a clock too coarse to see a layer
     ],
@@ -84,7 +84,7 @@ def test_before_both_phases_are_measured_slices_are_one_layer(layer_s, decode_st
     assert SPLIT.dispatch(load, 0.0).prefill_layers == 1
 
 
-@pytest.mark.parametrize(("tokens", "layers"), [(1000, 4), (3000, 3), (10_000, 1), (50_000, 1)])
+@pytest.mark.parametrize(("tokens", "layers"), [(1000, 2), (5000, 2), (5001, 1), (50_000, 1)])
 def test_the_budget_caps_layers_times_tokens_but_not_below_one_layer(tokens, layers):
     dispatcher = SplitByBatchSize(TABLE, (1, 2, 3), layer_token_budget=10_000)
     load = view(running=8, prefill=prefill(tokens=tokens, layer_s=0.001), decode_step_s=1.0)

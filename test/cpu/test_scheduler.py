@@ -19,6 +19,7 @@ from drift_scheduler.policies.factory import PolicyFactory
 from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import Timeline
 from sglang.srt.managers.admission import EngineLimits
+from sglang.srt.managers.cycle_collector import CycleCollector
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.scheduler import Scheduler, count_finished, fixed_policy
 from sglang.srt.managers.serving_engine import ServingEngine
@@ -177,6 +178,7 @@ class House:
             watchdog=self.watchdog,
             log=SchedulerLog(40, self.clock),
             attainment=attainment,
+            collector=CycleCollector(collect=lambda: None, clock=self.clock),
             make_policy=make_policy,
             clock=self.clock,
         )

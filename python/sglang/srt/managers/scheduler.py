@@ -12,7 +12,6 @@ The loop, on one thread that owns all state and never blocks on a lane:
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import time
@@ -30,6 +29,7 @@ from drift_scheduler.lane import LaneProvider, Phase
 from drift_scheduler.timeline import Timeline
 from sglang.srt.errors import Overloaded
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
+from sglang.srt.managers.cycle_collector import CycleCollector, undisturbed
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.serving_engine import ServingEngine
@@ -90,6 +90,7 @@ class Scheduler:
         watchdog: Watchdog,
         log: SchedulerLog,
         attainment: Attainment,
+        collector: CycleCollector,
         make_policy: Callable[[str], Dispatcher] = fixed_policy,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -106,6 +107,7 @@ class Scheduler:
         self._watchdog = watchdog
         self._log = log
         self._attainment = attainment
+        self._collector = collector
         self._make_policy = make_policy
         self._clock = clock
         self._flushes: list[_PendingFlush] = []
@@ -210,8 +212,10 @@ class Scheduler:
 
     def _rest(self) -> None:
         if self._gang.idle:
+            self._collector.idle()
             self._inbox.wait(self._wait_ms())
             return
+        self._collector.busy()
         fd = self._lanes.completion_fd()
         if fd is None:
             time.sleep(BUSY_POLL_S)
@@ -311,25 +315,25 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
             watchdog=watchdog,
             log=log,
             attainment=attainment,
+            collector=CycleCollector(),
             make_policy=executor.policies.make,
         )
         parts.timeline.policy_changed(server_args.policy().text, time.monotonic())
         pool_tokens = parts.cache.allocator.total
-        gc.collect()
-        gc.freeze()  # model and tables live as long as the process: no need to walk them again
-        watchdog.start()
-        announce_ready(
-            ready,
-            {
-                "max_total_num_tokens": pool_tokens,
-                "max_req_input_len": min(executor.config.context_length, pool_tokens) - 1,
-                "max_running_requests": executor.num_rows - 1,
-                "attention_backend": executor.attention_backend,
-                "device": str(executor.device),
-            },
-        )
         try:
-            scheduler.run()
+            with undisturbed():
+                watchdog.start()
+                announce_ready(
+                    ready,
+                    {
+                        "max_total_num_tokens": pool_tokens,
+                        "max_req_input_len": min(executor.config.context_length, pool_tokens) - 1,
+                        "max_running_requests": executor.num_rows - 1,
+                        "attention_backend": executor.attention_backend,
+                        "device": str(executor.device),
+                    },
+                )
+                scheduler.run()
         finally:
             watchdog.stop()
             inbox.close()

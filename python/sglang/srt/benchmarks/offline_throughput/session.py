@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from sglang.srt.benchmarks.completion import rest
 from sglang.srt.benchmarks.environment import describe, recorded_flags
 from sglang.srt.benchmarks.offline_throughput.options import OfflineOptions
 from sglang.srt.errors import ConfigError
+from sglang.srt.managers.cycle_collector import undisturbed
 from sglang.srt.managers.engine_parts import EngineParts, build_engine
 from sglang.srt.messages import GenerateRequest, TokenBatch, token_ids
 from sglang.srt.model_source import resolve_model_source
@@ -77,10 +77,11 @@ def run(options: OfflineOptions) -> dict[str, Any]:
         turns = _turns(options.bench, _prompt_maker(options, parts))
         if not options.skip_warmup:
             _warm_up(options, parts, turns)
-        gc.collect()
-        gc.freeze()  # as the scheduler process does before it serves
         requests = _requests(options.bench, turns)
-        with tqdm(total=len(requests), unit="req", disable=not options.bench.show_progress) as bar:
+        with (
+            undisturbed(),  # as a server is
+            tqdm(total=len(requests), unit="req", disable=not options.bench.show_progress) as bar,
+        ):
             busy_before = _busy(parts)
             started_s = time.perf_counter()
             totals = generate(parts, requests, options.server.watchdog_timeout, bar.update)
