@@ -4,8 +4,9 @@
 
 Starts a real server (HTTP process and detokenizer) with a scripted scheduler in the place of the
 engine, which makes one token for every stream at each step. This process is the client: one
-connection a stream. Appends one JSON line: tokens delivered, the time from the scheduler's send to
-the client's receive, and the CPU time of each process.
+connection a stream. With --arrivals, so many further requests of --prompt-tokens ids a second come
+meanwhile: what they cost the streams of others. Appends one JSON line: tokens delivered, the time
+from the scheduler's send to the client's receive, and the CPU time of each process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -59,12 +60,15 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Every stream gets `tokens_per_s` tokens a second for `seconds`."""
+    """Every stream gets `tokens_per_s` tokens a second for `seconds`. Meanwhile `arrivals` other
+    requests a second bring a prompt of `prompt_tokens` ids."""
 
     endpoint: str
     streams: int
     tokens_per_s: float
     seconds: float
+    arrivals: float = 0.0
+    prompt_tokens: int = 0
 
     def request(self) -> tuple[str, dict[str, Any]]:
         """Path and body; the answer is long enough to outlast the measurement."""
@@ -224,11 +228,16 @@ async def stream_all(
     all_started_s = time.monotonic() - opened_s
     await asyncio.sleep(SETTLE_S)
 
+    arriving = asyncio.create_task(_arrive(case, port)) if case.arrivals else None
     received.clear()
     cpu_before = {name: _cpu_s(process) for name, process in processes.items()}
     begin_s = time.monotonic()
     await asyncio.sleep(case.seconds)
     seconds = time.monotonic() - begin_s
+    if arriving is not None:
+        arriving.cancel()
+        with suppress(asyncio.CancelledError):
+            await arriving
     cpu = {name: (_cpu_s(p) - cpu_before[name]) / seconds for name, p in processes.items()}
     delays_ms = np.asarray(received.delays_us) / 1000
     result = {
@@ -239,12 +248,31 @@ async def stream_all(
         "mb_per_s": received.bytes / seconds / 1e6,
         "delay_p50_ms": float(np.percentile(delays_ms, 50)),
         "delay_p99_ms": float(np.percentile(delays_ms, 99)),
+        "delay_p999_ms": float(np.percentile(delays_ms, 99.9)),
         "cpu_s_per_s": cpu,
     }
     for transport, _ in pairs:
         transport.close()
     await asyncio.sleep(SETTLE_S)  # the server notices and aborts
     return result
+
+
+async def _arrive(case: Case, port: int) -> None:
+    """Requests at an even pace, until cancelled; each wants one token."""
+    ids = [1000 + i % 8000 for i in range(case.prompt_tokens)]
+    body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 1}}
+    request = http_request(port, "/generate", body)
+
+    async def ask() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    async with asyncio.TaskGroup() as asked:
+        while True:
+            asked.create_task(ask())
+            await asyncio.sleep(1 / case.arrivals)
 
 
 def _cpu_s(process: psutil.Process) -> float:
@@ -276,6 +304,8 @@ def run(case: Case, model: Path) -> dict[str, Any]:
         "streams": case.streams,
         "tokens_per_s_each": case.tokens_per_s,
         "seconds": case.seconds,
+        "arrivals_per_s": case.arrivals,
+        "prompt_tokens": case.prompt_tokens,
         **result,
         "environment": describe(),
     }
@@ -288,6 +318,7 @@ def summary(row: Mapping[str, Any]) -> str:
         f"{row['endpoint']} {row['streams']} streams: {row['tokens_per_s']:.0f} tokens/s "
         f"({row['delivered_share']:.0%}, {row['tokens_per_event']:.2f} an event), delay p50 "
         f"{row['delay_p50_ms']:.1f} ms, p99 {row['delay_p99_ms']:.1f} ms, "
+        f"p99.9 {row['delay_p999_ms']:.1f} ms, "
         f"{row['mb_per_s']:.1f} MB/s, all started after {row['all_started_s']:.2f} s\n"
         f"  CPU seconds a second: {cpu}"
     )
@@ -299,12 +330,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens-per-s", type=float, default=50.0, help="of one stream")
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--arrivals", type=float, default=0.0, help="of other requests a second")
+    parser.add_argument("--prompt-tokens", type=int, default=16_000, help="of each of them")
     parser.add_argument("--model", type=Path, help="whose tokenizer is used; default SmolLM2")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
     given = parser.parse_args(argv)
     model = given.model or model_path()
     for endpoint in given.endpoint:
-        row = run(Case(endpoint, given.streams, given.tokens_per_s, given.seconds), model)
+        case = Case(
+            endpoint,
+            given.streams,
+            given.tokens_per_s,
+            given.seconds,
+            given.arrivals,
+            given.prompt_tokens if given.arrivals else 0,
+        )
+        row = run(case, model)
         append(row, given.out)
         print(summary(row), flush=True)
     return 0
