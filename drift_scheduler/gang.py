@@ -85,9 +85,6 @@ class DecodeLoad:
     joined_due_s: float = math.inf
 
 
-# A step launched later than so after the one before it was settled does not go on with its tokens.
-FOLLOWS_S = 5e-3
-
 P = TypeVar("P", bound=PrefillJob)
 D = TypeVar("D", bound=DecodeJob)
 
@@ -230,7 +227,8 @@ class Gang(Generic[P, D]):
         self._decode: deque[_Step[D]] = deque()
         self._decode_step_s: float | None = None
         self._decode_ended_s = 0.0
-        self._decode_settled_s = -math.inf
+        # None if nobody wanted another token then: the next step goes on with nobody's.
+        self._decode_settled_s: float | None = None
         self._host_delay = HostDelay()
         # A phase's launches may move between lanes: each one runs behind the last of its phase.
         self._last_decode: Ticket | None = None
@@ -262,13 +260,15 @@ class Gang(Generic[P, D]):
             settled += 1
         now_s = self._clock()
         view = self._view()
+        if not view.running and not self._decode:
+            self._decode_settled_s = None
         if view.waiting and self._may_admit():
             view = self._admit(view, now_s)
         plan = self.dispatcher.dispatch(view, now_s)
         self.look_again_s = plan.look_again_s
         launched = False
         if plan.decode:
-            launched |= self._launch_decode(plan, now_s)
+            launched |= self._launch_decode(plan)
         if plan.prefill_layers and self._prefill and not self._prefill.job.cancelled:
             launched |= self._launch_prefill(plan, view)
         launched_on = plan.partition if launched else None
@@ -328,7 +328,7 @@ class Gang(Generic[P, D]):
     def _note_delay(self, step: _Step[D], span: Span, settled_s: float) -> None:
         """By what the host has delayed the step's tokens: it launched the step late, or noticed
         its end late; what it noticed the last one late by is not added."""
-        if step.launched_s - self._decode_settled_s > FOLLOWS_S:
+        if self._decode_settled_s is None:
             return
         launched_late_s = max(0.0, step.launched_s - self._decode_ended_s)
         noticed_late_s = settled_s - span.end_s
@@ -417,7 +417,7 @@ class Gang(Generic[P, D]):
             end_s = max(end_s, step.launched_s) + took_s
         return end_s
 
-    def _launch_decode(self, plan: Plan, now_s: float) -> bool:
+    def _launch_decode(self, plan: Plan) -> bool:
         fused_tokens = 0 if self._prefill else plan.fused_tokens
         job = self._engine.begin_decode(len(self._decode), fused_tokens, plan.fused_order)
         if job is None:
@@ -428,6 +428,7 @@ class Gang(Generic[P, D]):
         # where both have the whole device, so that they take turns on it.
         turns = plan.partition.exclusive and self._prefill is not None
         behind = self._last_slice if turns else self._merged
+        launched_s = self._clock()
         ticket = lane.launch(job.step_work(lane), after=_given(self._last_decode, behind))
         self._last_decode, self._merged = ticket, None
         if job.fused:
@@ -436,7 +437,7 @@ class Gang(Generic[P, D]):
         runs_beside = prefill and (prefill.in_flight or plan.prefill_layers)
         beside = prefill.job.shape if prefill and runs_beside else None
         self._decode.append(
-            _Step(job, ticket, plan.partition, now_s, beside, plan.step, plan.reason)
+            _Step(job, ticket, plan.partition, launched_s, beside, plan.step, plan.reason)
         )
         return True
 
