@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark.policy_plan import Comparison, Workload
+from benchmark.arguments import not_negative, positive, workload
+from benchmark.policy_plan import Comparison
 from benchmark.policy_run import Run, ServedModel, Target, server_flags
 from benchmark.policy_table import Row, render
 from benchmark.serve_trace import append
@@ -57,21 +58,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workload",
         nargs="+",
-        type=_workload,
+        type=workload,
         required=True,
         metavar="NAME",
         help="mooncake:FILE, sharegpt_lengths:FILE or tool_agent",
     )
     parser.add_argument("--policy", nargs="+", required=True, help="as the server names them")
-    parser.add_argument("--rate", type=_positive, nargs="+", default=[1.0], help="requests/s")
-    parser.add_argument("--slo-tbt-ms", type=_positive, nargs="+", default=[50.0])
-    parser.add_argument("--slo-ttft-ms", type=_positive, default=1000.0)
-    parser.add_argument("--slo-ttft-ms-per-token", type=_positive, default=0.5)
-    parser.add_argument("--seconds", type=_positive, default=60.0, help="of a window's arrivals")
-    parser.add_argument("--warm-up-seconds", type=_not_negative, default=10.0)
+    parser.add_argument("--rate", type=positive, nargs="+", default=[1.0], help="requests/s")
+    parser.add_argument("--slo-tbt-ms", type=positive, nargs="+", default=[50.0])
+    parser.add_argument("--slo-ttft-ms", type=positive, default=1000.0)
+    parser.add_argument("--slo-ttft-ms-per-token", type=positive, default=0.5)
+    parser.add_argument("--seconds", type=positive, default=60.0, help="of a window's arrivals")
+    parser.add_argument("--warm-up-seconds", type=not_negative, default=10.0)
     parser.add_argument(
         "--drain-seconds",
-        type=_positive,
+        type=positive,
         default=60.0,
         help="after the last arrival; a request that has not ended by then is a miss (default: 60)",
     )
@@ -79,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--budget-minutes",
-        type=_positive,
+        type=positive,
         help="leave out whole points from the end so that the run takes about so long",
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
@@ -182,30 +183,6 @@ def line(row: Row) -> str:
         f"TBT {row['attainment_tbt']:.2f}), TTFT p50 {row['ttft_p50_ms']:.0f} ms, "
         f"p99 {row['ttft_p99_ms']:.0f} ms, TBT p99 {row['tbt_p99_ms']:.1f} ms"
     )
-
-
-def _workload(text: str) -> Workload:
-    try:
-        return Workload.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmark.arguments import not_negative, workload
 from benchmark.policy_plan import Workload
 from benchmark.policy_table import Row
 from benchmark.simulated_load import workload_named
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workload",
         nargs="+",
-        type=_workload,
+        type=workload,
         required=True,
         metavar="NAME",
         help="mooncake:FILE, sharegpt_lengths:FILE or tool_agent, as in the rows",
@@ -60,28 +61,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--launch-us",
-        type=_not_negative,
+        type=not_negative,
         default=400.0,
         help="host time before a launch runs (default: 400; `host_cost` measured that of a step "
         "of 128 requests)",
     )
     parser.add_argument(
         "--layer-launch-us",
-        type=_not_negative,
+        type=not_negative,
         default=500.0,
         help="host time for each layer that is launched kernel by kernel (default: 500; short "
         "prefills without graphs took 530 to 1,070 on an H100)",
     )
     parser.add_argument(
         "--noise",
-        type=_not_negative,
+        type=not_negative,
         default=0.04,
         help="sigma of the logarithm of launch times (default: 0.04, as launches of an H100 "
         "scattered about what its profile says)",
     )
     parser.add_argument(
         "--drain-seconds",
-        type=_not_negative,
+        type=not_negative,
         default=60.0,
         help="after the last arrival, as given to benchmark.policies (default: 60)",
     )
@@ -181,27 +182,10 @@ def _in_words(line: Row) -> str:
     )
 
 
-def _workload(text: str) -> Workload:
-    try:
-        return Workload.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
     return int(text)
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
 
 
 if __name__ == "__main__":
