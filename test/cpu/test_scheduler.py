@@ -12,6 +12,7 @@ import pytest
 from drift_scheduler.attainment import Attainment
 from drift_scheduler.dispatcher import Admission, Forecast, Plan
 from drift_scheduler.gang import Gang
+from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.by_batch_size import SplitByBatchSize
@@ -156,7 +157,7 @@ class House:
             on_finish=lambda request: count_finished(attainment, request),
             clock=self.clock,
         )
-        timeline = Timeline()
+        self.timeline = timeline = Timeline()
         gang = Gang(
             self.engine,
             self.lanes,
@@ -243,6 +244,22 @@ def test_tokens_are_sent_as_they_come():
     house = House([(0.0, ask("a")), (30.0, Shutdown())], cost=one_second_a_launch).run()
     times = [time_s for time_s, batch in house.detokenizer.sent if isinstance(batch, TokenBatch)]
     assert times == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_tokens_do_not_wait_for_the_next_launch(monkeypatch):
+    house = House([(0.0, ask("a", max_new_tokens=6)), (30.0, Shutdown())], cost=one_second_a_launch)
+    begin = house.engine.begin_decode
+
+    def begin_slowly(*args):
+        house.clock.advance_to(house.clock.now_s + 0.25)
+        return begin(*args)
+
+    monkeypatch.setattr(house.engine, "begin_decode", begin_slowly)
+    house.run()
+    sent = [time_s for time_s, batch in house.detokenizer.sent if isinstance(batch, TokenBatch)]
+    ended = [run.span.end_s for phase in Phase for run in house.timeline.runs(phase)]
+    assert len(sent) == 6
+    assert sent == sorted(ended)
 
 
 def test_shutdown_ends_the_loop_while_requests_run():
