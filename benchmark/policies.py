@@ -5,12 +5,13 @@
         --rate 1 2 3 --slo-tbt-ms 50 25 --seconds 60 --out benchmark/results/drift_h100.jsonl \\
         -- --context-length 40960
 
-Starts one server with --enable-pd-multiplex and the flags behind `--`. For each workload, TBT and
-rate, every policy gets a window of the same requests at the same times, in shuffled order: the
-policy is changed over POST /pd_multiplex/policy, a warm-up of other prompts runs, the cache is
-emptied, the load runs. A request is good if its first token came within max(--slo-ttft-ms,
---slo-ttft-ms-per-token x uncached prompt tokens) and the 99th percentile of its token gaps is no
-longer than the TBT: as `sglang.bench_serving --goodput` counts. Its body says so to the server.
+Starts one server with --enable-pd-multiplex and the flags behind `--`. For each workload and rate
+every policy gets a window of the same requests at the same times, in shuffled order, and one for
+each TBT if it heeds that: the policy is changed over POST /pd_multiplex/policy, a warm-up of other
+prompts runs, the cache is emptied, the load runs. A request is good if its first token came within
+max(--slo-ttft-ms, --slo-ttft-ms-per-token x uncached prompt tokens) and the 99th percentile of its
+token gaps is no longer than the TBT: as `sglang.bench_serving --goodput` counts. Its body says so
+to the server.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmark import tool_agent
 from benchmark.trace_load import TraceLoad
+from drift_scheduler.policies.names import heeds_tbt, parse_policy
 from sglang.bench.datasets.mooncake import read_trace
 from sglang.bench.errors import BenchError
 
@@ -75,20 +76,34 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One place on the table's axes, at which every policy is measured."""
+    """A load, on which every policy is measured."""
 
     workload: Workload
-    tbt_ms: float
     rate: float
 
     def __str__(self) -> str:
-        return f"{self.workload}, TBT {self.tbt_ms:g} ms, {self.rate:g} requests/s"
+        return f"{self.workload}, {self.rate:g} requests/s"
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One run of a policy on a load.
+
+    tbts_ms: the limits that it is judged by, a row for each; its requests ask for the first.
+    """
+
+    policy: str
+    tbts_ms: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.policy}, TBT {' and '.join(f'{tbt_ms:g}' for tbt_ms in self.tbts_ms)} ms"
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Every policy at every point. Limits of the TTFT as in TraceLoad.
+    """Every policy at every point, judged by every TBT. Limits of the TTFT as in TraceLoad.
 
+    A policy that heeds the TBT that requests ask for runs once for each, another one once for all.
     warm_up_seconds: of the same load with other prompts, before each window, uncounted.
     """
 
@@ -106,31 +121,51 @@ class Comparison:
 
     @property
     def points(self) -> list[Point]:
-        axes = itertools.product(self.workloads, self.tbts_ms, self.rates)
-        return [Point(*place) for place in axes]
+        return [Point(*place) for place in itertools.product(self.workloads, self.rates)]
+
+    @property
+    def windows(self) -> list[Window]:
+        """Of each point. Raises ValueError for a policy that does not exist."""
+        return [
+            Window(policy, tbts_ms)
+            for policy in self.policies
+            for tbts_ms in (
+                [(tbt_ms,) for tbt_ms in self.tbts_ms]
+                if heeds_tbt(parse_policy(policy))
+                else [self.tbts_ms]
+            )
+        ]
 
     def check(self) -> None:
-        """Raises BenchError naming a workload that cannot be replayed."""
+        """Raises BenchError naming a policy that does not exist or a workload that cannot be
+        replayed."""
+        for policy in self.policies:
+            try:
+                parse_policy(policy)
+            except ValueError as error:
+                raise BenchError(f"--policy: {error}") from None
         requests = max(round(rate * self.seconds) for rate in self.rates)
         for workload in self.workloads:
             workload.check(requests, self.max_input_len)
 
-    def order(self, point: Point) -> list[str]:
-        """The policies, shuffled: what drifts on the machine during a run hits all alike."""
-        shuffled = list(self.policies)
+    def order(self, point: Point) -> list[Window]:
+        """The windows, shuffled: what drifts on the machine during a run hits all alike."""
+        shuffled = self.windows
         random.Random(f"{self.seed} {point}").shuffle(shuffled)
         return shuffled
 
-    def load(self, point: Point, folder: Path) -> TraceLoad:
-        return self._load(point, folder, self.seconds, self.seed)
+    def load(self, point: Point, tbt_ms: float, folder: Path) -> TraceLoad:
+        return self._load(point, tbt_ms, folder, self.seconds, self.seed)
 
-    def warm_up(self, point: Point, folder: Path) -> TraceLoad | None:
+    def warm_up(self, point: Point, tbt_ms: float, folder: Path) -> TraceLoad | None:
         """Its prompts share nothing with those of `load`."""
         if self.warm_up_seconds == 0:
             return None
-        return self._load(point, folder, self.warm_up_seconds, self.seed + 1)
+        return self._load(point, tbt_ms, folder, self.warm_up_seconds, self.seed + 1)
 
-    def _load(self, point: Point, folder: Path, seconds: float, seed: int) -> TraceLoad:
+    def _load(
+        self, point: Point, tbt_ms: float, folder: Path, seconds: float, seed: int
+    ) -> TraceLoad:
         requests = max(1, round(point.rate * seconds))
         return TraceLoad(
             point.workload.trace(point.rate, requests, seed, self.max_input_len, folder),
@@ -140,13 +175,13 @@ class Comparison:
             seed=seed,
             ttft_ms=self.ttft_ms,
             ttft_ms_per_token=self.ttft_ms_per_token,
-            tbt_ms=point.tbt_ms,
+            tbt_ms=tbt_ms,
         )
 
     @property
     def point_s(self) -> float:
-        """About how long a point takes with all policies."""
-        return len(self.policies) * (self.seconds + self.warm_up_seconds + WINDOW_OVERHEAD_S)
+        """About how long a point takes with all its windows."""
+        return len(self.windows) * (self.seconds + self.warm_up_seconds + WINDOW_OVERHEAD_S)
 
     def fitting(self, budget_s: float, *, started: bool = False) -> int:
         """How many whole points fit; with `started` the server is up already."""
@@ -155,11 +190,11 @@ class Comparison:
 
     def budget_lines(self, budget_s: float) -> list[str]:
         """What will be measured and what will not, in words."""
-        policies, points = len(self.policies), self.points
+        windows, points = len(self.windows), self.points
         fitting = self.fitting(budget_s)
         return [
-            f"{budget_s / 60:g} minutes: room for {fitting * policies} of "
-            f"{len(points) * policies} windows of about {self.point_s / policies:.0f} s",
+            f"{budget_s / 60:g} minutes: room for {fitting * windows} of "
+            f"{len(points) * windows} windows of about {self.point_s / windows:.0f} s",
             *dropped_lines(points[fitting:]),
         ]
 

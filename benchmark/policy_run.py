@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import operator
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmark.policy_plan import Comparison, Point, dropped_lines
+from benchmark.policy_plan import Comparison, Point, Window, dropped_lines
 from benchmark.policy_table import Row
 from benchmark.server_process import ServerError, ServerProcess
 from benchmark.trace_load import (
@@ -25,6 +27,7 @@ from benchmark.trace_load import (
     run_bench,
     vocab_size,
 )
+from sglang.bench.goodput import Objectives
 
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 60.0
@@ -40,6 +43,7 @@ CLIENT_DETAILS = (
     "itls",
     "errors",
 )
+JUDGED_DETAILS = ("input_lens", "cached_tokens", "ttfts", "itl_p99s_ms", "errors")
 
 
 class Target(Protocol):
@@ -148,7 +152,7 @@ class Run:
         self._servers = 0
 
     def rows(self, target: Target) -> Iterator[Row]:
-        """A row for each window of each point that fits in the budget, those that failed too.
+        """The rows of each window of each point that fits in the budget, those that failed too.
 
         Raises ServerError if a server that died cannot be replaced.
         """
@@ -162,24 +166,24 @@ class Run:
             if self._budget_s is not None and number and self._is_over(spent_s):
                 print("Behind the plan, the budget ends here.", *dropped_lines(points[number:]))
                 return
-            for place, policy in enumerate(self._comparison.order(point)):
+            for place, window in enumerate(self._comparison.order(point)):
                 if not target.running:
                     target = self._start()
                     self._servers += 1
-                yield self._window(target, point, policy) | {"place_in_point": place}
+                for row in self._rows(target, point, window):
+                    yield row | {"place_in_point": place}
 
     def _is_over(self, spent_s: float) -> bool:
         assert self._budget_s is not None
         return self._comparison.fitting(self._budget_s - spent_s, started=True) == 0
 
-    def _window(self, target: Target, point: Point, policy: str) -> Row:
+    def _rows(self, target: Target, point: Point, window: Window) -> list[Row]:
         comparison = self._comparison
-        row: Row = {
+        about: Row = {
             "benchmark": "policies",
-            "policy": policy,
+            "policy": window.policy,
             "workload": str(point.workload),
             "rate": point.rate,
-            "slo_tbt_ms": point.tbt_ms,
             "slo_ttft_ms": comparison.ttft_ms,
             "slo_ttft_ms_per_token": comparison.ttft_ms_per_token,
             "seconds": comparison.seconds,
@@ -191,45 +195,76 @@ class Run:
             **self._origin,
         }
         try:
-            return row | self._measure(target, point, policy)
+            by_tbt = self._measure(target, point, window)
         except (ServerError, LoadError, LookupError, OSError) as error:
             words = "" if target.running else f"; the server had left: {target.last_words()}"
-            return row | {"error": f"{type(error).__name__}: {error}{words}"}
+            failure = {"error": f"{type(error).__name__}: {error}{words}"}
+            by_tbt = dict.fromkeys(window.tbts_ms, failure)
+        return [about | {"slo_tbt_ms": tbt_ms} | row for tbt_ms, row in by_tbt.items()]
 
-    def _measure(self, target: Target, point: Point, policy: str) -> Row:
-        comparison = self._comparison
-        target.choose(policy)
-        warm_up = comparison.warm_up(point, self._folder)
+    def _measure(self, target: Target, point: Point, window: Window) -> dict[float, Row]:
+        """By the TBT that it is judged by."""
+        comparison, asked_ms = self._comparison, window.tbts_ms[0]
+        target.choose(window.policy)
+        warm_up = comparison.warm_up(point, asked_ms, self._folder)
         if warm_up is not None:
             target.bench(warm_up, warm_up.seconds + comparison.drain_seconds)
-        load = comparison.load(point, self._folder)
+        load = comparison.load(point, asked_ms, self._folder)
         before = target.state()
         result = target.bench(load, load.seconds + comparison.drain_seconds)
-        row = measured(load, result, before, target.state())
+        seen = measured(load, result, before, target.state())
         if self._timelines is not None:
-            timeline = target.timeline(result["duration"])
-            timeline["client"] = {name: result[name] for name in CLIENT_DETAILS if name in result}
-            name = re.sub(r"[^\w.]+", "-", f"{policy} {point}")
-            path = self._timelines / f"{name}.json"
-            path.write_text(json.dumps(timeline), encoding="utf-8")
-            row["timeline"] = path.name
-        return row
+            seen["timeline"] = self._keep_timeline(target, result, f"{window} {point}")
+        return {
+            tbt_ms: seen | judged(dataclasses.replace(load, tbt_ms=tbt_ms), result)
+            for tbt_ms in window.tbts_ms
+        }
+
+    def _keep_timeline(self, target: Target, result: dict[str, Any], name: str) -> str:
+        """The name of its file."""
+        assert self._timelines is not None
+        timeline = target.timeline(result["duration"])
+        timeline["client"] = {key: result[key] for key in CLIENT_DETAILS if key in result}
+        path = self._timelines / (re.sub(r"[^\w.]+", "-", name) + ".json")
+        path.write_text(json.dumps(timeline), encoding="utf-8")
+        return path.name
+
+
+def judged(load: TraceLoad, result: dict[str, Any]) -> Row:
+    """Who met the load's limits, from the details of each request in a result of bench_serving.
+
+    Requests that had not ended when the client was stopped count as misses, like failed ones.
+    """
+    limits = Objectives(ttft_ms=load.ttft_ms, ttft_per_token_ms=load.ttft_ms_per_token)
+    in_time: list[bool] = []
+    smooth: list[bool] = []
+    for prompt, cached, ttft_s, gap_p99_ms, error in zip(
+        *(result[name] for name in JUDGED_DETAILS), strict=True
+    ):
+        deadline_ms = limits.ttft_deadline_ms(max(0, prompt - (cached or 0)))
+        assert deadline_ms is not None, "the load has limits of the TTFT"
+        in_time.append(not error and ttft_s * 1e3 <= deadline_ms)
+        smooth.append(not error and gap_p99_ms <= load.tbt_ms)
+    good = sum(map(operator.and_, in_time, smooth))
+    sent = _sent(load, result)
+    return {
+        "attainment": _ratio(good, sent),
+        "attainment_ttft": _ratio(sum(in_time), sent),
+        "attainment_tbt": _ratio(sum(smooth), sent),
+        "goodput": good / result["duration"],
+    }
 
 
 def measured(
     load: TraceLoad, result: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
 ) -> Row:
-    """What a window's row says of its load.
+    """What a window's row says, whatever it is judged by.
 
-    result: of bench_serving. Requests that had not ended when the client was stopped count as
-    misses, like failed ones. prefill_tokens_per_s: computed ones, without those from the cache.
+    result: of bench_serving. prefill_tokens_per_s: computed ones, without those from the cache.
     engine_waited_share: of the time, that others had the processor which the engine thread wanted;
     above a percent or so the window says more of the host than of the policy.
     """
-    ended = result["completed"] + result["failed"]
-    sent = load.requests if result["interrupted"] else ended
-    share = ended / sent if sent else 0.0
-    by_metric = result["slo_attainment_by_metric"]
+    sent = _sent(load, result)
     lanes = LaneUse.between(before["pd_multiplex"], after["pd_multiplex"])
     cache = result["cache_report"] or {"total_cached_tokens": 0, "total_prompt_tokens": 0}
     computed = cache["total_prompt_tokens"] - cache["total_cached_tokens"]
@@ -238,12 +273,8 @@ def measured(
         "requests": sent,
         "completed": result["completed"],
         "failed": result["failed"],
-        "unfinished": sent - ended,
+        "unfinished": sent - result["completed"] - result["failed"],
         "duration_s": duration_s,
-        "attainment": result["slo_attainment"] * share,
-        "attainment_ttft": by_metric["ttft"] * share,
-        "attainment_tbt": by_metric["itl_p99"] * share,
-        "goodput": result["request_goodput"],
         "ttft_p50_ms": result["median_ttft_ms"],
         "ttft_p99_ms": result["p99_ttft_ms"],
         "tbt_p50_ms": result["median_itl_ms"],
@@ -265,10 +296,16 @@ def measured(
     if threads[0]["waited_s"] is not None:
         row["engine_waited_share"] = (threads[1]["waited_s"] - threads[0]["waited_s"]) / duration_s
     if "slo" in after:
-        row["server_slo"] = {"before": before.get("slo"), "after": after["slo"]}
+        counted = {"before": before.get("slo"), "after": after["slo"]}
+        row["server_slo"] = {"tbt_ms": load.tbt_ms, **counted}
     if result["completed"] == 0:
         row["error"] = "no request completed"
     return row
+
+
+def _sent(load: TraceLoad, result: dict[str, Any]) -> int:
+    ended: int = result["completed"] + result["failed"]
+    return load.requests if result["interrupted"] else ended
 
 
 def _ratio(part: int, whole: int) -> float:

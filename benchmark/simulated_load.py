@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmark.policy_plan import Comparison, Point, Workload
+from benchmark.policy_plan import Comparison, Workload
 from benchmark.policy_table import Row
 from benchmark.trace_load import TraceLoad
 from drift_scheduler.simulation.trace import TraceRequest
@@ -63,11 +63,6 @@ def comparison_of(row: Row, workload: Workload, drain_seconds: float) -> Compari
         ttft_ms_per_token=row["slo_ttft_ms_per_token"],
         seed=row["seed"],
     )
-
-
-def point_of(comparison: Comparison) -> Point:
-    (point,) = comparison.points
-    return point
 
 
 def requests_of(load: TraceLoad) -> list[TraceRequest]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmark.policy_plan import Workload
 from benchmark.policy_table import Row
-from benchmark.simulated_load import BLOCK_TOKENS, comparison_of, point_of, requests_of
+from benchmark.simulated_load import BLOCK_TOKENS, comparison_of, requests_of
 from benchmark.trace_load import TraceLoad
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.latencies import Latencies
@@ -86,12 +86,12 @@ class WindowSimulator:
         """
         comparison = comparison_of(row, workload, self._host.drain_seconds)
         comparison.check()
-        point = point_of(comparison)
+        (point,), tbt_ms = comparison.points, row["slo_tbt_ms"]
         window = self._window(row)
-        warm_up = comparison.warm_up(point, self._folder)
+        warm_up = comparison.warm_up(point, tbt_ms, self._folder)
         if warm_up is not None:
             window(warm_up)
-        summary = window(comparison.load(point, self._folder))
+        summary = window(comparison.load(point, tbt_ms, self._folder))
         simulated = {key: getattr(summary, name) for key, name in _FIGURES.items()}
         measured = {key: row[key] for key in _FIGURES}
         return {
@@ -177,13 +177,15 @@ def relative_error(simulated: float, measured: float) -> float | None:
 
 def server_count(row: Row) -> dict[str, float]:
     """The shares that met their limits by the server's own count, which ends where the simulator's
-    does, before detokenizer and network; empty where it keeps none.
+    does, before detokenizer and network; empty where it keeps none, and where the requests asked
+    for another TBT than the row is judged by.
 
     The client's one warm-up request is among them.
     """
     slo: dict[str, Any] = row.get("server_slo") or {}
     before, after = slo.get("before"), slo.get("after")
-    if not before or not after:
+    # Rows of old do not say what was asked: then it was what they are judged by.
+    if not before or not after or slo.get("tbt_ms", row["slo_tbt_ms"]) != row["slo_tbt_ms"]:
         return {}
     spent = {key: after[key] - before[key] for key in ("finished", "met", "met_ttft", "met_tbt")}
     if not spent["finished"]:

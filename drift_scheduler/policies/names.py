@@ -63,6 +63,11 @@ class TurnsSpec:
 PolicySpec = AdaptiveSpec | StaticSpec | ChunkedSpec | TemporalSpec | TableSpec | TurnsSpec
 
 
+def heeds_tbt(spec: PolicySpec) -> bool:
+    """Whether what it does depends on the time between tokens that requests ask for."""
+    return isinstance(spec, AdaptiveSpec | TemporalSpec)
+
+
 def parse_policy(text: str) -> PolicySpec:
     """Raises ValueError that says what is wrong with the text."""
     name, colon, argument = text.partition(":")

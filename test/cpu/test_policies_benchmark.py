@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from benchmark.policies import main, parse
-from benchmark.policy_plan import START_S, Comparison, Point, Workload
-from benchmark.policy_run import Run, measured
+from benchmark.policy_plan import START_S, WINDOW_OVERHEAD_S, Comparison, Point, Workload
+from benchmark.policy_run import Run, judged, measured
 from benchmark.policy_table import margin, render
 from benchmark.server_process import ServerError
 from benchmark.trace_load import LaneUse, LoadError, TraceLoad, run_bench
 from sglang.bench.datasets.mooncake import read_trace
 from sglang.bench.errors import BenchError
+from sglang.bench.goodput import Objectives, evaluate, request_gap_p99_ms
+from sglang.bench.records import Answer, RequestRecord
 
 POLICIES = ("adaptive", "table", "chunked:512")
 LANES = {
@@ -61,15 +64,13 @@ def comparison(trace):
     )
 
 
-def bench_result(attainment=0.5, **changes):
+def bench_result(**changes):
+    """Ten requests in ten seconds: eight answers, six of them in time, gaps from 10 to 80 ms."""
     return {
         "completed": 8,
         "failed": 2,
         "interrupted": False,
         "duration": 10.0,
-        "slo_attainment": attainment,
-        "slo_attainment_by_metric": {"ttft": 0.7, "itl_p99": 0.6},
-        "request_goodput": 0.5,
         "median_ttft_ms": 300.0,
         "p99_ttft_ms": 900.0,
         "median_itl_ms": 20.0,
@@ -77,6 +78,11 @@ def bench_result(attainment=0.5, **changes):
         "client_max_start_lag_ms": 1.0,
         "output_throughput": 100.0,
         "cache_report": {"total_prompt_tokens": 1000, "total_cached_tokens": 400},
+        "input_lens": [4000] * 10,
+        "cached_tokens": [0] * 5 + [2000, 2000, None, 0, 0],
+        "ttfts": [2.0] * 5 + [0.9, 1.1, 2.1, 0.0, 0.0],
+        "itl_p99s_ms": [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 0.0, 0.0],
+        "errors": [""] * 8 + ["refused", "broken off"],
     } | changes
 
 
@@ -122,13 +128,30 @@ class FakeTarget:
 
 
 class TestPlan:
-    def test_points_are_all_combinations_in_the_order_given(self, comparison):
-        places = [(point.tbt_ms, point.rate) for point in comparison.points]
-        assert places == [(50, 1), (50, 2), (25, 1), (25, 2)]
+    def test_points_are_all_loads_in_the_order_given(self, comparison):
+        other = Workload.parse("tool_agent")
+        comparison = dataclasses.replace(comparison, workloads=(*comparison.workloads, other))
+        places = [(point.workload.kind, point.rate) for point in comparison.points]
+        assert places == [(w, r) for w in ("sharegpt_lengths", "tool_agent") for r in (1, 2)]
 
-    def test_every_point_has_all_policies_in_its_own_order(self, comparison):
+    def test_only_who_heeds_the_tbt_runs_for_each(self, comparison):
+        comparison = dataclasses.replace(
+            comparison, policies=("adaptive:split-only", "temporal", "static:84/48", "chunked:512")
+        )
+        assert [(window.policy, window.tbts_ms) for window in comparison.windows] == [
+            ("adaptive:split-only", (50.0,)),
+            ("adaptive:split-only", (25.0,)),
+            ("temporal", (50.0,)),
+            ("temporal", (25.0,)),
+            ("static:84/48", (50.0, 25.0)),
+            ("chunked:512", (50.0, 25.0)),
+        ]
+
+    def test_every_point_has_all_windows_in_its_own_order(self, comparison):
         orders = [comparison.order(point) for point in comparison.points]
-        assert all(sorted(order) == sorted(POLICIES) for order in orders)
+        assert all(
+            sorted(order, key=str) == sorted(comparison.windows, key=str) for order in orders
+        )
         many = [
             dataclasses.replace(comparison, seed=seed).order(comparison.points[0])
             for seed in range(20)
@@ -138,30 +161,33 @@ class TestPlan:
 
     def test_all_policies_get_the_same_load_and_the_warm_up_another(self, comparison, tmp_path):
         point = comparison.points[1]
-        load, warm_up = comparison.load(point, tmp_path), comparison.warm_up(point, tmp_path)
-        assert load == comparison.load(point, tmp_path)
-        assert (load.requests, load.seed, load.tbt_ms) == (120, 3, 50)
+        load, warm_up = (
+            make(point, 25.0, tmp_path) for make in (comparison.load, comparison.warm_up)
+        )
+        assert load == comparison.load(point, 25.0, tmp_path)
+        assert (load.requests, load.seed, load.tbt_ms) == (120, 3, 25)
         assert (warm_up.requests, warm_up.seed) == (20, 4)
-        assert dataclasses.replace(comparison, warm_up_seconds=0).warm_up(point, tmp_path) is None
+        without = dataclasses.replace(comparison, warm_up_seconds=0)
+        assert without.warm_up(point, 25.0, tmp_path) is None
 
     def test_a_tool_agent_trace_is_made_once_for_its_rate(self, comparison, tmp_path):
         comparison = dataclasses.replace(comparison, max_input_len=32768)
-        point = Point(Workload.parse("tool_agent"), 50.0, 2.0)
-        load = comparison.load(point, tmp_path)
+        point = Point(Workload.parse("tool_agent"), 2.0)
+        load = comparison.load(point, 50.0, tmp_path)
         assert len(read_trace(str(load.trace))) == load.requests == 120
         written_ns = load.trace.stat().st_mtime_ns
-        assert comparison.load(point, tmp_path).trace.stat().st_mtime_ns == written_ns
+        assert comparison.load(point, 25.0, tmp_path).trace.stat().st_mtime_ns == written_ns
 
     def test_a_budget_keeps_whole_points(self, comparison):
-        assert comparison.fitting(START_S + 2.5 * comparison.point_s) == 2
-        assert comparison.fitting(1e9) == 4
+        assert comparison.point_s == 4 * (60.0 + 10.0 + WINDOW_OVERHEAD_S)
+        assert comparison.fitting(START_S + 1.5 * comparison.point_s) == 1
+        assert comparison.fitting(1e9) == 2
         assert comparison.fitting(START_S) == 0
         assert comparison.fitting(comparison.point_s, started=True) == 1
-        first, *dropped = comparison.budget_lines(START_S + 2.5 * comparison.point_s)
-        assert "room for 6 of 12 windows" in first
+        first, *dropped = comparison.budget_lines(START_S + 1.5 * comparison.point_s)
+        assert "room for 4 of 8 windows" in first
         assert [line.strip() for line in dropped] == [
-            "not measured: sharegpt_lengths:lengths.jsonl.gz, TBT 25 ms, 1 requests/s",
-            "not measured: sharegpt_lengths:lengths.jsonl.gz, TBT 25 ms, 2 requests/s",
+            "not measured: sharegpt_lengths:lengths.jsonl.gz, 2 requests/s",
         ]
 
     def test_a_trace_that_is_too_short_is_refused(self, comparison, tmp_path):
@@ -172,6 +198,10 @@ class TestPlan:
             dataclasses.replace(comparison, max_input_len=5).check()
         with pytest.raises(BenchError, match="tool_agent needs at least"):
             dataclasses.replace(comparison, workloads=(Workload("tool_agent"),)).check()
+
+    def test_a_policy_that_does_not_exist_is_refused(self, comparison):
+        with pytest.raises(BenchError, match="--policy: expected one of adaptive"):
+            dataclasses.replace(comparison, policies=("adaptive", "best")).check()
 
     @pytest.mark.parametrize("text", ["mooncake", "mooncake:", "tool_agent:x", "nothing:file"])
     def test_unknown_workloads(self, text):
@@ -197,23 +227,34 @@ class TestRun:
         folder.mkdir()
         rows, _ = rows_of(comparison, tmp_path, FakeTarget([]), timelines=folder)
         kept = {row["timeline"]: row["policy"] for row in rows}
-        assert len(kept) == len(rows)
+        assert len(kept) == 8
         for name, policy in kept.items():
-            assert json.loads((folder / name).read_text())["policy"] == policy
+            timeline = json.loads((folder / name).read_text())
+            assert timeline["policy"] == policy
+            assert timeline["client"]["ttfts"] == bench_result()["ttfts"]
 
     def test_windows_switch_warm_up_and_measure(self, comparison, tmp_path):
         log = []
         rows, replacements = rows_of(comparison, tmp_path, FakeTarget(log))
-        assert len(rows) == 12
         assert not replacements
+        windows = [window for point in comparison.points for window in comparison.order(point)]
         chosen = [entry[1] for entry in log if entry[0] == "choose"]
-        assert chosen == [p for point in comparison.points for p in comparison.order(point)]
-        assert [row["policy"] for row in rows] == chosen
+        assert chosen == [window.policy for window in windows]
+        expected = [(window.policy, tbt_ms) for window in windows for tbt_ms in window.tbts_ms]
+        assert [(row["policy"], row["slo_tbt_ms"]) for row in rows] == expected
+        assert len(rows) == 12
         assert log[:3] == [("choose", chosen[0]), ("bench", 10.0, 4), ("bench", 60.0, 3)]
         assert all("error" not in row and row["server"] == 1 for row in rows)
-        assert [row["place_in_point"] for row in rows] == [0, 1, 2] * 4
-        assert rows[0]["slo_tbt_ms"] == 50
         assert rows[0]["model"] == "m"
+
+    def test_rows_of_one_window_differ_in_what_they_are_judged_by(self, comparison, tmp_path):
+        rows, _ = rows_of(comparison, tmp_path, FakeTarget([]))
+        first, second = [r for r in rows if (r["policy"], r["rate"]) == ("table", 1.0)]
+        assert (first["slo_tbt_ms"], second["slo_tbt_ms"]) == (50.0, 25.0)
+        assert (first["attainment"], second["attainment"]) == (0.5, 0.2)
+        differing = {key for key in first if first[key] != second[key]}
+        assert differing == {"slo_tbt_ms", "attainment", "attainment_tbt", "goodput"}
+        assert first["server_slo"]["tbt_ms"] == 50.0
 
     def test_a_window_that_fails_is_a_row(self, comparison, tmp_path):
         fails = {
@@ -242,14 +283,15 @@ class TestRun:
         assert [row["server"] for row in rows] == [1] * (at + 1) + [2] * (11 - at)
 
     def test_a_budget_leaves_points_out(self, comparison, tmp_path, capsys):
-        budget_s = START_S + 2.5 * comparison.point_s
+        budget_s = START_S + 1.5 * comparison.point_s
         rows, _ = rows_of(comparison, tmp_path, FakeTarget([]), budget_s=budget_s)
-        assert {(row["slo_tbt_ms"], row["rate"]) for row in rows} == {(50, 1), (50, 2)}
+        assert {row["rate"] for row in rows} == {1}
+        budget_s = START_S + 2.5 * comparison.point_s
         slow_clock = iter([0.0, 0.0, 0.9 * budget_s])
         rows, _ = rows_of(
             comparison, tmp_path, FakeTarget([]), budget_s=budget_s, clock=lambda: next(slow_clock)
         )
-        assert {(row["slo_tbt_ms"], row["rate"]) for row in rows} == {(50, 1)}
+        assert {row["rate"] for row in rows} == {1}
         assert "not measured: " in capsys.readouterr().out
 
 
@@ -273,8 +315,6 @@ class TestMeasured:
             },
         )
         assert row["requests"] == 10
-        assert (row["attainment"], row["attainment_ttft"], row["attainment_tbt"]) == (0.5, 0.7, 0.6)
-        assert row["goodput"] == 0.5
         assert row["prefill_tokens_per_s"] == pytest.approx(60.0)
         assert row["cached_share"] == pytest.approx(0.4)
         assert row["prefill_busy_share"] == pytest.approx(0.4)
@@ -284,21 +324,64 @@ class TestMeasured:
         assert row["engine_cpu_share"] == pytest.approx(2.0 / row["duration_s"])
         assert row["engine_waited_share"] == pytest.approx(0.2 / row["duration_s"])
         assert row["launches"] == {"whole": 0, "p84/d48": 11}
-        assert row["server_slo"] == {"before": 1, "after": 2}
+        assert row["server_slo"] == {"tbt_ms": 50.0, "before": 1, "after": 2}
+
+    def test_a_request_is_good_if_it_came_in_time_and_smoothly(self):
+        row = judged(self.load, bench_result())
+        assert row == {
+            "attainment": 0.5,
+            "attainment_ttft": 0.6,
+            "attainment_tbt": 0.5,
+            "goodput": 0.5,
+        }
+        stricter = judged(dataclasses.replace(self.load, tbt_ms=25.0), bench_result())
+        assert (stricter["attainment"], stricter["attainment_ttft"]) == (0.2, 0.6)
+
+    def test_verdicts_are_those_of_the_client(self, tmp_path):
+        """On records which the client evaluates itself, with the limits that it is given."""
+        answers = [
+            Answer(
+                0.0, ttft, 9.0, chunk_gaps_s=[gap] * 5, chunk_tokens=[1] * 5, cached_tokens=cached
+            )
+            for ttft, gap, cached in itertools.product(
+                (0.5, 1.0, 1.2, 2.0, 2.1), (0.02, 0.05, 0.06), (0, 1700, 4000, None)
+            )
+        ]
+        answers.append(Answer(0.0, error="refused"))
+        records = [RequestRecord(i, 0, 0.0, 4000, answer) for i, answer in enumerate(answers)]
+        limits = Objectives(ttft_ms=1000.0, ttft_per_token_ms=0.5, itl_p99_ms=50.0)
+        expected = evaluate(records, limits, 10.0)
+        result = {
+            "completed": len(answers) - 1,
+            "failed": 1,
+            "interrupted": False,
+            "duration": 10.0,
+            "input_lens": [record.prompt_tokens for record in records],
+            "cached_tokens": [record.answer.cached_tokens for record in records],
+            "ttfts": [record.answer.ttft_s for record in records],
+            "itl_p99s_ms": [request_gap_p99_ms(record) for record in records],
+            "errors": [record.answer.error for record in records],
+        }
+        row = judged(self.load, result)
+        assert row["attainment"] == expected.attainment
+        assert row["attainment_ttft"] == expected.attainment_by_metric["ttft"]
+        assert row["attainment_tbt"] == expected.attainment_by_metric["itl_p99"]
+        assert row["goodput"] == expected.request_goodput
+        assert 0 < row["attainment"] < min(row["attainment_ttft"], row["attainment_tbt"])
 
     def test_what_was_not_finished_is_a_miss(self):
         state = {"pd_multiplex": LANES, "engine_thread": {"cpu_s": 1.0, "waited_s": None}}
-        row = measured(self.load, bench_result(interrupted=True), state, state)
+        result = bench_result(interrupted=True)
+        row = measured(self.load, result, state, state) | judged(self.load, result)
         assert (row["requests"], row["unfinished"]) == (20, 10)
         assert row["attainment"] == pytest.approx(0.25)
-        assert row["attainment_ttft"] == pytest.approx(0.35)
+        assert row["attainment_ttft"] == pytest.approx(0.3)
         assert "server_slo" not in row
 
     def test_no_answer_at_all_is_an_error(self):
         state = {"pd_multiplex": LANES, "engine_thread": {"cpu_s": 1.0, "waited_s": None}}
-        row = measured(
-            self.load, bench_result(0.0, completed=0, failed=10, cache_report=None), state, state
-        )
+        result = bench_result(completed=0, failed=10, cache_report=None, errors=["refused"] * 10)
+        row = measured(self.load, result, state, state) | judged(self.load, result)
         assert row["error"] == "no request completed"
         assert row["attainment"] == 0
 
@@ -371,7 +454,7 @@ class TestCommandLine:
         assert given.server_flags == ["--context-length", "99"]
 
     def test_a_budget_in_which_nothing_fits_starts_no_server(self, capsys):
-        assert main([*self.required, "--policy", "a", "--budget-minutes", "0.1"]) == 1
+        assert main([*self.required, "--policy", "table", "--budget-minutes", "0.1"]) == 1
         captured = capsys.readouterr()
         assert "room for 0 of 1 windows" in captured.out
         assert "not one point fits" in captured.err

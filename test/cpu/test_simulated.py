@@ -16,7 +16,6 @@ from benchmark.simulated_load import (
     BLOCK_TOKENS,
     PromptBlocks,
     comparison_of,
-    point_of,
     requests_of,
 )
 from benchmark.simulated_table import render, swapped
@@ -145,9 +144,14 @@ def common(a, b) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))  # noqa: B905
 
 
+def only_load(comparison, folder):
+    (point,), (tbt_ms,) = comparison.points, comparison.tbts_ms
+    return comparison.load(point, tbt_ms, folder)
+
+
 def test_requests_are_those_of_the_client_at_the_same_times(row, trace, tmp_path):
     comparison = comparison_of(row, Workload.parse(f"mooncake:{trace}"), 60.0)
-    load = comparison.load(point_of(comparison), tmp_path)
+    load = only_load(comparison, tmp_path)
     requests = requests_of(load)
     turns, arrivals_s = client_side(load)
     assert len(requests) == 24
@@ -167,7 +171,7 @@ def test_the_seed_and_the_rate_are_the_rows(row, trace, tmp_path):
     def arrivals(**changes):
         workload = Workload.parse(f"mooncake:{trace}")
         comparison = comparison_of(row | changes, workload, 60.0)
-        return [r.arrival_s for r in requests_of(comparison.load(point_of(comparison), tmp_path))]
+        return [r.arrival_s for r in requests_of(only_load(comparison, tmp_path))]
 
     assert arrivals() != arrivals(seed=6)
     assert arrivals(rate=2.0)[:12] == pytest.approx([2 * when for when in arrivals()[:12]])
@@ -175,7 +179,7 @@ def test_the_seed_and_the_rate_are_the_rows(row, trace, tmp_path):
 
 def test_a_trace_that_is_made_is_the_clients(row, tmp_path):
     comparison = comparison_of(row, Workload.parse("tool_agent"), 60.0)
-    load = comparison.load(point_of(comparison), tmp_path)
+    load = only_load(comparison, tmp_path)
     turns, _ = client_side(dataclasses.replace(load))
     assert [r.input_tokens for r in requests_of(load)] == [t.prompt_tokens for t in turns]
 
@@ -307,10 +311,15 @@ def test_the_table_says_how_far_apart_and_where_the_ranking_differs():
 def test_the_servers_own_count_is_of_this_window():
     before = {"finished": 10, "met": 5, "met_ttft": 6, "met_tbt": 7}
     after = {"finished": 20, "met": 14, "met_ttft": 16, "met_tbt": 16}
-    assert server_count({"server_slo": {"before": before, "after": after}}) == {
+    row = {"slo_tbt_ms": 50.0, "server_slo": {"before": before, "after": after}}
+    shares = {
         "server_attainment": 0.9,
         "server_attainment_ttft": 1.0,
         "server_attainment_tbt": 0.9,
     }
+    assert server_count(row) == shares
+    row["server_slo"]["tbt_ms"] = 50.0
+    assert server_count(row) == shares
+    assert server_count(row | {"slo_tbt_ms": 25.0}) == {}
     assert server_count({"server_slo": {"before": None, "after": after}}) == {}
     assert server_count({}) == {}
