@@ -188,6 +188,7 @@ class Run:
             "slo_ttft_ms_per_token": comparison.ttft_ms_per_token,
             "seconds": comparison.seconds,
             "warm_up_seconds": comparison.warm_up_seconds,
+            "drain_seconds": comparison.drain_seconds,
             "max_input_len": comparison.max_input_len,
             "seed": comparison.seed,
             "server": self._servers,

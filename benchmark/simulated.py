@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--drain-seconds",
         type=not_negative,
         default=60.0,
-        help="after the last arrival, as given to benchmark.policies (default: 60)",
+        help="after the last arrival, where a row does not say (default: 60)",
     )
     return parser.parse_args(argv)
 

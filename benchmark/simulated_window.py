@@ -47,6 +47,8 @@ _FIGURES = {
     "both_busy_share": "both_busy",
     "fused_share": "fused_busy",
 }
+# What tells a measured row from others.
+_WINDOW = ("started_at", "seconds", "seed", "model", "server", "server_flags", "environment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Host:
     """What a profile does not say. launch_us, layer_launch_us: see EngineLimits; noise: see Noise.
 
     kv_tokens: of the pool, where the server's flags do not say. drain_seconds: after the last
-    arrival, when the client stops.
+    arrival, when the client stops, where the row does not say.
     """
 
     launch_us: float
@@ -84,10 +86,12 @@ class WindowSimulator:
 
         Raises BenchError if the row cannot be simulated.
         """
-        comparison = comparison_of(row, workload, self._host.drain_seconds)
+        drain_seconds = row.get("drain_seconds", self._host.drain_seconds)
+        host = dataclasses.replace(self._host, drain_seconds=drain_seconds)
+        comparison = comparison_of(row, workload, drain_seconds)
         comparison.check()
         (point,), tbt_ms = comparison.points, row["slo_tbt_ms"]
-        window = self._window(row)
+        window = self._window(row, host)
         warm_up = comparison.warm_up(point, tbt_ms, self._folder)
         if warm_up is not None:
             window(warm_up)
@@ -99,16 +103,17 @@ class WindowSimulator:
             "workload": row["workload"],
             "rate": row["rate"],
             "slo_tbt_ms": row["slo_tbt_ms"],
+            "window": {key: row.get(key) for key in _WINDOW},
             "measured": measured | server_count(row),
             "simulated": simulated | {"preemptions": summary.preemptions},
             "goodput_error": relative_error(simulated["goodput"], measured["goodput"]),
             "attainment_error": relative_error(simulated["attainment"], measured["attainment"]),
-            "host": dataclasses.asdict(self._host),
+            "host": dataclasses.asdict(host),
         }
 
-    def _window(self, row: Row) -> Callable[[TraceLoad], Summary]:
+    def _window(self, row: Row, host: Host) -> Callable[[TraceLoad], Summary]:
         """Runs a load under the row's policy, on an empty cache."""
-        machine, host = self._machine, self._host
+        machine = self._machine
         args = _server_args(row)
         self._check_partitions(row)
         prefill_tokens = _prefill_tokens(args)

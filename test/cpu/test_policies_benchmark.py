@@ -246,6 +246,7 @@ class TestRun:
         assert log[:3] == [("choose", chosen[0]), ("bench", 10.0, 4), ("bench", 60.0, 3)]
         assert all("error" not in row and row["server"] == 1 for row in rows)
         assert rows[0]["model"] == "m"
+        assert rows[0]["drain_seconds"] == 30.0
 
     def test_rows_of_one_window_differ_in_what_they_are_judged_by(self, comparison, tmp_path):
         rows, _ = rows_of(comparison, tmp_path, FakeTarget([]))

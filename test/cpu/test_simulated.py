@@ -202,6 +202,7 @@ def test_every_row_gets_a_line_and_every_point_a_table(row, simulate, capsys):
     for line, measured in zip(lines, rows, strict=False):
         assert (line["workload"], line["rate"], line["slo_tbt_ms"]) == (row["workload"], 4.0, 50.0)
         assert line["measured"]["goodput"] == measured["goodput"]
+        assert line["window"]["environment"] == {"commit": "abc"}
         simulated = line["simulated"]
         assert simulated["requests"] == simulated["completed"] == 24
         assert simulated["cached_share"] > 0.2
@@ -224,7 +225,7 @@ def test_the_same_rows_give_the_same_lines(row, simulate):
 
 def test_what_a_server_learnt_in_one_window_is_known_in_the_next(row, simulate):
     _, lines = simulate([row, row, row | {"server": 2}], "--noise", "0.2")
-    assert lines[0] == lines[2]
+    assert lines[0]["simulated"] == lines[2]["simulated"]
     assert lines[0]["simulated"] != lines[1]["simulated"]
 
 
@@ -240,6 +241,8 @@ def test_the_servers_flags_count(row, simulate):
 def test_what_has_not_ended_when_the_client_stops_is_a_miss(row, simulate):
     busy = row | {"policy": "turns", "rate": 12.0}
     _, (line,) = simulate([busy], "--drain-seconds", "0")
+    _, (_, said) = simulate([busy | {"drain_seconds": 0.0}])
+    assert said == line
     simulated = line["simulated"]
     assert simulated["requests"] == 72
     assert simulated["unfinished"] > 0
