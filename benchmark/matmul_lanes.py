@@ -9,6 +9,7 @@ with torch's. One JSON line a case; a table last. --sweep takes all tiles and pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -26,11 +27,12 @@ from drift_scheduler.lane_cuda import CudaLanes
 from sglang.srt.benchmarks.environment import describe
 from sglang.srt.benchmarks.one_batch.floors import Rates
 from sglang.srt.benchmarks.one_batch.machine import MachineProbe, ProbeSizes
-from sglang.srt.benchmarks.one_batch.report import Row, open_results
+from sglang.srt.benchmarks.one_batch.report import Row, limits_line, open_results
 from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.matmul.choice import Backend, Choice, product_of, supports
 from sglang.srt.layers.matmul.tiles import tiles_for
 from sglang.srt.layers.matmul.timing import LIMIT_S, median_s
+from sglang.srt.profiling.nvml import GpuWatch, watch_device
 
 SHAPES = {  # (k, n) of Llama-3.1-8B
     "qkv": (4096, 6144),
@@ -44,6 +46,7 @@ DEFAULT_M = (128, 2048, 4096)
 PREFILL_SMS = 64
 COLD_BYTES = 120 << 20  # twice an H100's L2, and some
 TARGET_REPLAY_S = 3e-3
+WATCH_INTERVAL_S = 0.02  # a candidate takes some 20 to 50 ms
 REPLAYS = 5
 HOST_CALLS = 20
 MAX_ERROR = 1e-2
@@ -101,11 +104,14 @@ class Operands:
 
 
 class Bench:
-    """Measures candidates on one device's lanes."""
+    """Measures candidates on one device's lanes. watch: None if not known."""
 
-    def __init__(self, device: torch.device, sweep: bool, max_m: int) -> None:
+    def __init__(
+        self, device: torch.device, sweep: bool, max_m: int, watch: GpuWatch | None
+    ) -> None:
         self._device = device
         self._sweep = sweep
+        self._watch = watch
         self._operands = {layer: Operands(layer, max_m, device) for layer in SHAPES}
 
     def rows(self, lane: Lane, m: int, floor: Callable[[Case], float]) -> Iterator[Row]:
@@ -149,7 +155,10 @@ class Bench:
                 "choice": choice,
                 "floor_ms": floor_s * 1e3,
             }
+            started_s = time.monotonic()
             row |= measure(case, operands, run, floor_s)
+            if self._watch and (state := self._watch.typical(started_s)):
+                row |= state.to_json()
             if "ms" in row:
                 row["ratio"] = row["ms"] / row["floor_ms"]
                 row["tflops"] = case.flops / row["ms"] / 1e9
@@ -258,9 +267,10 @@ def table(rows: Sequence[Row], every: bool) -> str:
 def _line(row: Row) -> str:
     if "failure" in row:
         return f"  failed: {row['candidate']}: {row['failure']}"
+    clock = f"{row['sm_clock_mhz']:5.0f} MHz  " if "sm_clock_mhz" in row else ""
     return (
         f"  {row['ms']:9.4f} ms  x{row['ratio']:.2f}  {row['tflops']:5.0f} TFLOP/s "
-        f" host {row['host_us']:4.0f} us  {row['candidate']}"
+        f" host {row['host_us']:4.0f} us  {clock}{row['candidate']}"
     )
 
 
@@ -304,9 +314,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         default = DEFAULT_M[1:] if lane.sms >= PREFILL_SMS else DEFAULT_M[:1]
         work += [(lane, rates, m) for m in args.m or default]
     del probe
-    bench = Bench(device, args.sweep, max(m for _, _, m in work))
     rows: list[Row] = []
-    with open_results(args.out) as append, tqdm(work, unit="lane and m") as bar:
+    with (
+        watch_device(device, interval_s=WATCH_INTERVAL_S) or contextlib.nullcontext() as watch,
+        open_results(args.out) as append,
+        tqdm(work, unit="lane and m") as bar,
+    ):
+        bench = Bench(device, args.sweep, max(m for _, _, m in work), watch)
         for lane, rates, m in bar:
             bar.set_description(f"{lane.sms} SMs, {m} tokens")
 
@@ -317,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row)
                 append({**row, "benchmark": "matmul_lanes", "environment": environment})
     print(table(rows, args.sweep))
+    if line := limits_line(rows):
+        print(line)
     lanes.close()
 
 

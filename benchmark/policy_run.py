@@ -7,6 +7,7 @@ import dataclasses
 import json
 import operator
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -214,21 +215,28 @@ class Run:
         before = target.state()
         result = target.bench(load, load.seconds + comparison.drain_seconds)
         seen = measured(load, result, before, target.state())
+        timeline = target.timeline(result["duration"])
+        seen["sm_clock_mhz"] = clock_mhz(timeline)
         if self._timelines is not None:
-            seen["timeline"] = self._keep_timeline(target, result, f"{window} {point}")
+            seen["timeline"] = self._keep_timeline(timeline, result, f"{window} {point}")
         return {
             tbt_ms: seen | judged(dataclasses.replace(load, tbt_ms=tbt_ms), result)
             for tbt_ms in window.tbts_ms
         }
 
-    def _keep_timeline(self, target: Target, result: dict[str, Any], name: str) -> str:
+    def _keep_timeline(self, timeline: dict[str, Any], result: dict[str, Any], name: str) -> str:
         """The name of its file."""
         assert self._timelines is not None
-        timeline = target.timeline(result["duration"])
         timeline["client"] = {key: result[key] for key in CLIENT_DETAILS if key in result}
         path = self._timelines / (re.sub(r"[^\w.]+", "-", name) + ".json")
         path.write_text(json.dumps(timeline), encoding="utf-8")
         return path.name
+
+
+def clock_mhz(timeline: dict[str, Any]) -> float | None:
+    """The median of a timeline's SM clocks; None if the server knew none."""
+    known = [mhz for sample in timeline["samples"] if (mhz := sample["sm_clock_mhz"]) is not None]
+    return statistics.median(known) if known else None
 
 
 def judged(load: TraceLoad, result: dict[str, Any]) -> Row:

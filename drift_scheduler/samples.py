@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from drift_scheduler.clock import ClockReader
 from drift_scheduler.partition import Partition
 from drift_scheduler.view import LoadView
 
@@ -20,7 +21,7 @@ class QueueSample:
     the running requests is due its next token; first_token_slack_s: until the first of the
     prompts, waiting or in a prefill batch, is due its first one. Negative when late, infinity
     when nothing is due. partition: of the last launch. repartitions: since the start, launches on
-    another partition than the launch before.
+    another partition than the launch before. sm_clock_mhz: None if it is not known.
     """
 
     time_s: float
@@ -31,13 +32,17 @@ class QueueSample:
     first_token_slack_s: float
     partition: Partition
     repartitions: int = 0
+    sm_clock_mhz: float | None = None
 
 
 class QueueSampler:
     """Looks at every turn; gives a sample when the last one is old enough."""
 
-    def __init__(self, interval_s: float = SAMPLE_INTERVAL_S) -> None:
+    def __init__(
+        self, interval_s: float = SAMPLE_INTERVAL_S, sm_clock: ClockReader | None = None
+    ) -> None:
         self._interval_s = interval_s
+        self._sm_clock = sm_clock
         self._next_s = -math.inf
         # When `running` was last seen to rise from nothing.
         self._running_since_s: float | None = None
@@ -67,6 +72,7 @@ class QueueSampler:
             _first_token_due_s(view) - now_s,
             partition,
             repartitions,
+            None if self._sm_clock is None else self._sm_clock.read_mhz(),
         )
 
     def _token_due_s(self, view: LoadView, decode_ended_s: float) -> float:

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from drift_scheduler.clock import ClockReader
 from drift_scheduler.dispatcher import Forecast
 from drift_scheduler.lane import Phase, Span
 from drift_scheduler.partition import Partition
@@ -96,11 +97,11 @@ class Timeline:
     Runs of one phase do not overlap each other, and each phase's runs are added in order.
     """
 
-    def __init__(self, capacity: int = 8192) -> None:
+    def __init__(self, capacity: int = 8192, sm_clock: ClockReader | None = None) -> None:
         self._runs: dict[Phase, deque[LaneRun]] = {phase: deque(maxlen=capacity) for phase in Phase}
         self._settled: Recent[LaneRun] = Recent(2 * capacity)
         self._samples: Recent[QueueSample] = Recent(2 * capacity)
-        self._sampler = QueueSampler()
+        self._sampler = QueueSampler(sm_clock=sm_clock)
         self._policies: deque[PolicyChange] = deque(maxlen=64)
         self._partition: Partition | None = None
         self._busy_s = dict.fromkeys(Phase, 0.0)

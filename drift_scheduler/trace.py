@@ -102,6 +102,8 @@ def _counters(sample: QueueSample, origin_s: float) -> Iterable[JsonObject]:
         # Nothing is due: a counter has no way to say so but to stay as it was.
         if math.isfinite(value):
             yield _counter(name, sample.time_s, origin_s, round(value, 3))
+    if sample.sm_clock_mhz is not None:
+        yield _counter("SM clock (MHz)", sample.time_s, origin_s, sample.sm_clock_mhz)
 
 
 def _counter(name: str, time_s: float, origin_s: float, value: float) -> JsonObject:

@@ -91,6 +91,7 @@ def as_json(window: TimelineWindow) -> JsonObject:
                 "first_token_slack_ms": _ms(sample.first_token_slack_s),
                 "partition": str(sample.partition),
                 "repartitions_since_start": sample.repartitions,
+                "sm_clock_mhz": sample.sm_clock_mhz,
             }
             for sample in window.samples
         ],

@@ -19,6 +19,7 @@ from drift_scheduler.lane_virtual import TimedWork, VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from sglang import bench_one_batch
 from sglang.srt.benchmarks.environment import recorded_flags
+from sglang.srt.benchmarks.one_batch import session
 from sglang.srt.benchmarks.one_batch.batches import Placement
 from sglang.srt.benchmarks.one_batch.cases import (
     DEFAULT_DECODE,
@@ -39,10 +40,11 @@ from sglang.srt.benchmarks.one_batch.floors import (
 from sglang.srt.benchmarks.one_batch.machine import MachineProbe, ProbeSizes
 from sglang.srt.benchmarks.one_batch.measure import Bench, Repetitions
 from sglang.srt.benchmarks.one_batch.options import Split, parse_options
-from sglang.srt.benchmarks.one_batch.report import table
+from sglang.srt.benchmarks.one_batch.report import limits_line, table
 from sglang.srt.benchmarks.one_batch.session import run
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_config import ModelConfig, resolve_model_source
+from sglang.srt.profiling.nvml import GpuState, GpuWatch
 
 ROOT = Path(__file__).parents[2]
 num_cores = len(os.sched_getaffinity(0))
@@ -263,14 +265,16 @@ class TestPlacement:
 
 
 class TimedRun:
-    """Layers that take 1 ms in decode, 10 ms in prefill."""
+    """Layers that take 1 ms in decode, 10 ms in prefill, times `slowness`."""
 
     indivisible = False
 
-    def __init__(self, batch):
-        self.layer_s = 0.001 if batch.is_decode else 0.01
+    def __init__(self, batch, slowness):
+        self.layer_s = (0.001 if batch.is_decode else 0.01) * slowness
+        self.slices = 0
 
     def slice_work(self, lane, first, last):
+        self.slices += 1
         return TimedWork((last - first) * self.layer_s)
 
     def tokens(self):
@@ -278,22 +282,29 @@ class TimedRun:
 
 
 class TimedRunner:
+    """Each run takes `growth` times as long as the one before."""
+
     num_layers = 4
 
+    def __init__(self, growth=1.0):
+        self.growth = growth
+        self.runs = []
+
     def start(self, batch):
-        return TimedRun(batch)
+        self.runs.append(TimedRun(batch, self.growth ** len(self.runs)))
+        return self.runs[-1]
 
 
 class VirtualBench:
     """A Bench on virtual lanes, whose clock jumps to the next completion."""
 
-    def __init__(self, repetitions):
+    def __init__(self, repetitions, runner=None):
         split = Partition(1, 100, 32)
         self.clock = VirtualClock()
         self.lanes = VirtualLanes(PartitionTable(132, (split,)), self.clock)
         self.decode_lane = self.lanes.lane(Phase.DECODE, split)
         self.prefill_lane = self.lanes.lane(Phase.PREFILL, split)
-        self.bench = Bench(TimedRunner(), repetitions, self.wait)
+        self.bench = Bench(runner or TimedRunner(), repetitions, self.wait)
         placed = Placement(
             torch.zeros(4, 16, dtype=torch.int32),
             num_slots=33,
@@ -329,6 +340,17 @@ class TestStreams:
         assert times.run.median == pytest.approx(40.0)
         assert times.runs_per_s == pytest.approx(25.0)
         assert virtual.clock.now_s == pytest.approx(3 * 0.04)
+
+    def test_a_device_that_slows_down_slows_ways_in_turn_alike(self):
+        runner = TimedRunner(growth=1.01)
+        virtual = VirtualBench(Repetitions(decode_steps=2, prefill_runs=10, warm_up=2), runner)
+        whole, sliced = virtual.bench.prefill_in_turn(virtual.prefill_lane, virtual.prompt, [4, 1])
+        assert [run.slices for run in runner.runs] == [1, 4] * 12
+        assert whole.run.count == sliced.run.count == 10
+        assert sliced.run.median / whole.run.median == pytest.approx(1.01)
+        took_s = [run.layer_s * 4 for run in runner.runs[4:]]
+        assert whole.runs_per_s == pytest.approx(10 / sum(took_s[::2]))
+        assert sliced.runs_per_s == pytest.approx(10 / sum(took_s[1::2]))
 
     def test_side_by_side_counts_only_what_ran_beside_the_other(self):
         virtual = VirtualBench(Repetitions(decode_steps=10, prefill_runs=3, warm_up=1))
@@ -424,6 +446,21 @@ class TestRun:
         assert "decode lane of whole" in printed
         assert "decode 3x20" in printed
 
+    def test_a_line_says_what_state_the_gpu_was_in(self, options_of, monkeypatch, capsys):
+        states = [GpuState(1755.0, 420.0, 700.0, 55.0, ())]
+        watch = GpuWatch(lambda: states[-1], what="state", interval_s=0.001)
+        monkeypatch.setattr(session, "watch_device", lambda device, interval_s: watch)
+        states.append(GpuState(1305.0, 699.5, 700.0, 64.0, ("power cap",)))
+        rows = run(options_of("--decode 2x8 --prefill 8+0"), SMALL_PROBE)
+        for row in rows:
+            assert row["sm_clock_mhz"] == 1305.0
+            assert row["power_w"] == 699.5
+            assert row["limited_by"] == ("power cap",)
+        printed = capsys.readouterr().out
+        assert "1305" in printed
+        assert "Clock held down, of 2 cases: power cap in 2" in printed
+        assert not watch._thread.is_alive()
+
     @needs_two_cores
     def test_splits_and_pairs(self, options_of):
         split = f"{num_cores - 1}/1"
@@ -475,6 +512,12 @@ def test_tables_align_numbers_right_and_leave_out_empty_columns():
         "decode 1x8   whole    1.50  10.00",
         "prefill 8+0  p1/d1  100.25   1.00",
     ]
+
+
+def test_limits_are_counted_by_case():
+    rows = [{"limited_by": ("power cap",)}, {"limited_by": ("power cap", "power brake")}, {}]
+    assert limits_line(rows) == "Clock held down, of 3 cases: power cap in 2, power brake in 1"
+    assert limits_line([{}, {"limited_by": ()}]) == ""
 
 
 def test_recorded_flags_leave_out_where_the_result_lies():

@@ -45,6 +45,7 @@ def sample(time_ms: float, **fields: Any) -> dict[str, Any]:
         "first_token_slack_ms": None,
         "partition": "whole",
         "repartitions_since_start": 0,
+        "sm_clock_mhz": None,
         **fields,
     }
 
@@ -139,8 +140,13 @@ def png_size(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "shown",
-    [MIXED, timeline(), timeline(samples=[sample(0, token_slack_ms=None)])],
-    ids=["mixed", "empty", "idle"],
+    [
+        MIXED,
+        timeline(),
+        timeline(samples=[sample(0, token_slack_ms=None)]),
+        timeline(samples=[sample(0, sm_clock_mhz=1980.0), sample(50, sm_clock_mhz=1410.0)]),
+    ],
+    ids=["mixed", "empty", "idle", "clock"],
 )
 def test_the_picture_has_its_size(tmp_path, capsys, shown):
     pytest.importorskip("matplotlib")

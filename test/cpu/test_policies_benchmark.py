@@ -12,7 +12,7 @@ import pytest
 
 from benchmark.policies import main, parse
 from benchmark.policy_plan import START_S, WINDOW_OVERHEAD_S, Comparison, Point, Workload
-from benchmark.policy_run import Run, judged, measured
+from benchmark.policy_run import Run, clock_mhz, judged, measured
 from benchmark.policy_table import margin, render
 from benchmark.server_process import ServerError
 from benchmark.trace_load import LaneUse, LoadError, TraceLoad, run_bench
@@ -113,7 +113,8 @@ class FakeTarget:
         return bench_result()
 
     def timeline(self, seconds):
-        return {"seconds": seconds, "policy": self.policy}
+        samples = [{"sm_clock_mhz": mhz} for mhz in (1980.0, None, 1410.0, 1500.0)]
+        return {"seconds": seconds, "policy": self.policy, "samples": samples}
 
     def last_words(self):
         return "out of memory"
@@ -232,6 +233,11 @@ class TestRun:
             timeline = json.loads((folder / name).read_text())
             assert timeline["policy"] == policy
             assert timeline["client"]["ttfts"] == bench_result()["ttfts"]
+
+    def test_the_clock_of_a_window_is_the_middle_one(self, comparison, tmp_path):
+        rows, _ = rows_of(comparison, tmp_path, FakeTarget([]))
+        assert {row["sm_clock_mhz"] for row in rows} == {1500.0}
+        assert clock_mhz({"samples": [{"sm_clock_mhz": None}]}) is None
 
     def test_windows_switch_warm_up_and_measure(self, comparison, tmp_path):
         log = []

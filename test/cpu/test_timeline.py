@@ -176,6 +176,22 @@ def test_slack_of_the_next_token(view, decode_ended_s, slack_s):
     assert sample.token_slack_s == pytest.approx(slack_s)
 
 
+class FakeClock:
+    mhz = None
+
+    def read_mhz(self):
+        return self.mhz
+
+
+def test_a_sample_says_how_fast_the_sms_ran():
+    clock = FakeClock()
+    timeline = Timeline(sm_clock=clock)
+    for turn, mhz in enumerate([None, 1980.0, 1410.0]):
+        clock.mhz = mhz
+        timeline.look(load(), WHOLE, float(turn), 0.0)
+    assert [sample.sm_clock_mhz for sample in samples_of(timeline)] == [None, 1980.0, 1410.0]
+
+
 def test_a_step_that_ended_before_anybody_ran_gave_nobody_a_token():
     sampler = QueueSampler()
     sampler.look(load(running=0), WHOLE, 0, 10.0, 3.0)

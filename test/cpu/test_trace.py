@@ -41,7 +41,7 @@ PREFILL = LaneRun(
     prefill=PrefillShape(512, 512**2, 0, 1),
 )
 FUSED = LaneRun(Phase.DECODE, WHOLE, Span(100.012, 100.040), requests=9, tokens=72, fused_tokens=64)
-SAMPLE = QueueSample(100.005, 3, 900, 8, 0.025, math.inf, SPLIT, 7)
+SAMPLE = QueueSample(100.005, 3, 900, 8, 0.025, math.inf, SPLIT, 7, 1410.0)
 
 
 def window(runs=(DECODE, PREFILL, FUSED), samples=(SAMPLE,), policies=()) -> TimelineWindow:
@@ -100,6 +100,7 @@ def test_json_has_times_since_the_oldest_run_and_units_in_its_names():
             "first_token_slack_ms": None,
             "partition": "p100/d32",
             "repartitions_since_start": 7,
+            "sm_clock_mhz": 1410.0,
         }
     ]
 
@@ -190,6 +191,7 @@ def test_a_slack_that_is_infinite_is_no_number():
         "waiting tokens": 900,
         "running requests": 8,
         "slack of next token (ms)": 25.0,
+        "SM clock (MHz)": 1410.0,
     }
 
 

@@ -20,6 +20,7 @@ _MODE_COLOURS = {"decode": _BLUE, "prefill": _ORANGE, "fused": _PURPLE}
 _PHASE_COLOURS = {"decode": _BLUE, "prefill": _ORANGE}
 _LANES = {"prefill": 1.0, "decode": 0.0}  # and its height on the axis
 _LANE_HEIGHT = 0.8
+_TOP_GHZ = 2.2
 # Slack is read around zero, and a first token's is a thousand times another token's.
 _LINEAR_SLACK_MS = 100.0
 
@@ -122,7 +123,23 @@ def _draw_sms(axes: Axes, timeline: Timeline, origin: _Origin) -> None:
     axes.set_ylim(0, total)
     axes.locator_params(axis="y", integer=True)
     axes.set_ylabel("SMs at work\n(cores on a CPU)")
-    _legend(axes, axes.get_legend_handles_labels()[0])
+    _legend(axes, [*axes.get_legend_handles_labels()[0], *_draw_clock(axes, timeline, origin)])
+
+
+def _draw_clock(axes: Axes, timeline: Timeline, origin: _Origin) -> list[Artist]:
+    """On an axis of its own, from zero, so that a lower clock looks as slow as it is."""
+    known = [
+        (origin.seconds(sample["time_ms"]), sample["sm_clock_mhz"] / 1e3)
+        for sample in timeline["samples"]
+        if sample.get("sm_clock_mhz") is not None
+    ]
+    if not known:
+        return []
+    clock = axes.twinx()
+    clock.set_ylim(0, _TOP_GHZ)
+    clock.set_ylabel("SM clock (GHz)")
+    times_s, ghz = zip(*known, strict=True)
+    return list(clock.step(times_s, ghz, where="post", color=_GREY, lw=1, label="clock (right)"))
 
 
 def _legend(axes: Axes, handles: Sequence[Artist]) -> None:

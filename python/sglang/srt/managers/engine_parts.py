@@ -74,7 +74,7 @@ def build_engine(
         on_decode=on_decode,
         on_finish=on_finish,
     )
-    timeline = Timeline()
+    timeline = Timeline(sm_clock=executor.clock_reader)
     gang = Gang(
         engine,
         executor.lanes,

@@ -147,13 +147,13 @@ def bring_up(args: ServerArgs) -> Executor:
         backend,
         num_rows - 1,
     )
-    latencies = clock_reader = None
+    clock = ClockRatio()
+    latencies = None
     if needs_latencies:
-        clock = ClockRatio()
         latencies = latencies_for(
             args, lanes, runner, num_slots=num_slots, prefill_tokens=prefill_tokens, clock=clock
         )
-        clock_reader = device_clock(device, on_reading=clock.feed)
+    clock_reader = device_clock(device, on_reading=clock.feed)
     policies = make_policies(args, lanes, latencies, config.num_layers, prefill_tokens)
     if captured := padded_sizes(lanes.table, runner).prefill:
         # A larger step is launched kernel by kernel: the host is kept from finished ones so long.

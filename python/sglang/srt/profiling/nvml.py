@@ -1,6 +1,6 @@
-"""The clock of a GPU's SMs, read beside the engine by a thread of its own.
+"""What the driver says of a GPU: its clock, power and heat, and what holds the clock down.
 
-Needs the package nvidia-ml-py, whose module is pynvml; without it there is no clock.
+Needs the package nvidia-ml-py, whose module is pynvml; without it nothing is known.
 """
 
 from __future__ import annotations
@@ -8,146 +8,165 @@ from __future__ import annotations
 import importlib
 import logging
 import statistics
-import threading
-import time
-from collections import deque
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from sglang.srt.profiling.readings import Readings
+
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.1
-CLOSE_LIMIT_S = 5.0
-KEPT = 512  # readings
+
+# Of nvmlDeviceGetCurrentClocksEventReasons, in the driver's words. An idle GPU's low clock and a
+# clock that somebody has set are no concern of a measurement under load.
+_LIMITS = {
+    "power cap": 0x4,
+    "hardware slowdown": 0x8,
+    "sync boost": 0x10,
+    "software thermal slowdown": 0x20,
+    "hardware thermal slowdown": 0x40,
+    "power brake": 0x80,
+}
 
 
-def _nothing(mhz: float, now_s: float) -> None:
-    return None
+class NvmlDevice:
+    """One GPU. Every reading takes as long as the driver likes."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml = nvml
+        self._handle = handle
+
+    def sm_clock_mhz(self) -> float:
+        return float(self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
+
+    def state(self) -> GpuState:
+        nvml, handle = self._nvml, self._handle
+        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+        return GpuState(
+            sm_clock_mhz=self.sm_clock_mhz(),
+            power_w=nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            power_limit_w=nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
+            temperature_c=float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            limited_by=tuple(name for name, bit in _LIMITS.items() if reasons & bit),
+        )
+
+    def close(self) -> None:
+        self._nvml.nvmlShutdown()
 
 
-class NvmlClock:
-    """A drift_scheduler.clock.ClockReader that keeps the last readings.
+@dataclass(frozen=True, slots=True)
+class GpuState:
+    """limited_by: what holds the clock down, if anything: keys of _LIMITS."""
 
-    A read blocks its thread for as long as the driver likes, and nobody else: whoever asks is
-    given what was read last.
-    """
+    sm_clock_mhz: float
+    power_w: float
+    power_limit_w: float
+    temperature_c: float
+    limited_by: tuple[str, ...]
 
-    def __init__(
-        self,
-        read_mhz: Callable[[], float],
-        *,
-        interval_s: float = INTERVAL_S,
-        on_reading: Callable[[float, float], None] = _nothing,
-        close: Callable[[], None] = lambda: None,
-        now_s: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """read_mhz: one that raises ends the readings. on_reading: called by the thread with each
-        and its time (time.monotonic()), such as ClockRatio.feed. close: called by the thread when
-        it stops."""
-        self._read = read_mhz
-        self._on_reading = on_reading
-        self._interval_s = interval_s
-        self._close = close
-        self._now_s = now_s
-        self._readings: deque[tuple[float, float]] = deque(maxlen=KEPT)
-        self._stopping = threading.Event()
-        self._first = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sm-clock", daemon=True)
-        self._thread.start()
+    @classmethod
+    def typical(cls, states: Sequence[GpuState]) -> GpuState:
+        """Of at least one: medians of clock and power, and the tightest of the rest."""
+        seen = {name for state in states for name in state.limited_by}
+        return cls(
+            statistics.median(state.sm_clock_mhz for state in states),
+            statistics.median(state.power_w for state in states),
+            min(state.power_limit_w for state in states),
+            max(state.temperature_c for state in states),
+            tuple(name for name in _LIMITS if name in seen),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class NvmlClock(Readings[float]):
+    """A drift_scheduler.clock.ClockReader."""
 
     def read_mhz(self) -> float | None:
-        """What was read last; None before the first reading and once reading has failed."""
-        try:
-            return self._readings[-1][1]
-        except IndexError:
-            return None
+        """None before the first reading and once reading has failed."""
+        return self.last()
 
     def mean_mhz(self, since_s: float) -> float | None:
         """Of the readings since then (time.monotonic()); the last one if there is none."""
-        recent = [mhz for read_s, mhz in self._readings.copy() if read_s >= since_s]
-        return statistics.fmean(recent) if recent else self.read_mhz()
+        recent = self.since(since_s)
+        return statistics.fmean(recent) if recent else None
 
-    def wait_first(self, timeout_s: float) -> bool:
-        """Until there is a reading, or never will be one. False: not in time."""
-        return self._first.wait(timeout_s)
 
-    def close(self) -> None:
-        """Stops the thread; may be called twice."""
-        self._stopping.set()
-        self._thread.join(CLOSE_LIMIT_S)
+class GpuWatch(Readings[GpuState]):
+    """For a benchmark: what state the GPU was in while something was measured."""
 
-    def __enter__(self) -> NvmlClock:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _run(self) -> None:
-        try:
-            while not self._stopping.is_set():
-                mhz = self._read()
-                now_s = self._now_s()
-                self._readings.append((now_s, mhz))
-                self._on_reading(mhz, now_s)
-                self._first.set()
-                self._stopping.wait(self._interval_s)
-        except Exception as error:
-            # A clock that stands still misleads more than none.
-            self._readings.clear()
-            logger.warning("The SM clock cannot be read any more: %s", error)
-        finally:
-            self._first.set()
-            self._close()
+    def typical(self, since_s: float) -> GpuState | None:
+        """Of the readings since then (time.monotonic()); None if there is none at all."""
+        recent = self.since(since_s)
+        return GpuState.typical(recent) if recent else None
 
 
 def device_clock(
     device: torch.device,
     *,
     interval_s: float = INTERVAL_S,
-    on_reading: Callable[[float, float], None] = _nothing,
+    on_reading: Callable[[float, float], None] = lambda mhz, now_s: None,
 ) -> NvmlClock | None:
     """Of a torch device; None for a CPU, and if it cannot be read. To be closed by the caller."""
     if device.type != "cuda":
         return None
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return open_clock(uuid, interval_s=interval_s, on_reading=on_reading)
+    return open_clock(_uuid(device), interval_s=interval_s, on_reading=on_reading)
 
 
 def open_clock(
     gpu_uuid: str,
     *,
     interval_s: float = INTERVAL_S,
-    on_reading: Callable[[float, float], None] = _nothing,
+    on_reading: Callable[[float, float], None] = lambda mhz, now_s: None,
 ) -> NvmlClock | None:
-    """Of the GPU with this UUID, with or without "GPU-" before it; None if it cannot be read.
+    """Of the GPU with this UUID, with or without "GPU-" before it; None if it cannot be read."""
+    found = _open(gpu_uuid, NvmlDevice.sm_clock_mhz)
+    if found is None:
+        return None
+    return NvmlClock(
+        found.sm_clock_mhz,
+        what="SM clock",
+        interval_s=interval_s,
+        on_reading=on_reading,
+        close=found.close,
+    )
 
-    A UUID, since CUDA may number the devices in another order than the driver does.
-    """
+
+def watch_device(device: torch.device, *, interval_s: float = INTERVAL_S) -> GpuWatch | None:
+    """As device_clock, but of all that a GpuState says."""
+    return None if device.type != "cuda" else watch_gpu(_uuid(device), interval_s=interval_s)
+
+
+def watch_gpu(gpu_uuid: str, *, interval_s: float = INTERVAL_S) -> GpuWatch | None:
+    """As open_clock, but of all that a GpuState says."""
+    found = _open(gpu_uuid, NvmlDevice.state)
+    if found is None:
+        return None
+    return GpuWatch(found.state, what="state of the GPU", interval_s=interval_s, close=found.close)
+
+
+def _uuid(device: torch.device) -> str:
+    """CUDA may number the devices in another order than the driver does."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _open(gpu_uuid: str, try_read: Callable[[NvmlDevice], object]) -> NvmlDevice | None:
+    """None, and why is logged, if the first reading fails."""
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
-        logger.debug("Without the package nvidia-ml-py the SM clock is not known")
+        logger.debug("Without the package nvidia-ml-py the clock of a GPU is not known")
         return None
     name = gpu_uuid if gpu_uuid.startswith("GPU-") else f"GPU-{gpu_uuid}"
     try:
         nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByUUID(name)
-        nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        found = NvmlDevice(nvml, nvml.nvmlDeviceGetHandleByUUID(name))
+        try_read(found)
     except nvml.NVMLError as error:
-        logger.warning("The SM clock of %s cannot be read: %s", name, error)
+        logger.warning("The clock of %s cannot be read: %s", name, error)
         return None
-
-    def read_mhz() -> float:
-        return float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
-
-    return NvmlClock(
-        read_mhz, interval_s=interval_s, on_reading=on_reading, close=nvml.nvmlShutdown
-    )
+    return found

@@ -73,7 +73,8 @@ class DecodeTimes:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTimes:
-    """run: from the first layer to the sampled token. launch_ms: host time of one slice."""
+    """run: from the first layer to the sampled token. launch_ms: host time of one slice.
+    runs_per_s counts the gaps."""
 
     run: Distribution
     launch_ms: float
@@ -81,12 +82,16 @@ class PrefillTimes:
 
     @classmethod
     def of(cls, runs: Sequence[PrefillRun]) -> PrefillTimes:
-        """At least one run."""
-        spans = [run.span for run in runs]
+        """Of at least one run and all that followed it."""
+        return cls.of_some(runs, _rate([run.span for run in runs]))
+
+    @classmethod
+    def of_some(cls, runs: Sequence[PrefillRun], runs_per_s: float) -> PrefillTimes:
+        """Of at least one run; others may have come between."""
         return cls(
-            run=Distribution.of([span.duration_s for span in spans]),
+            run=Distribution.of([run.span.duration_s for run in runs]),
             launch_ms=_median_ms([part.host_s for run in runs for part in run.slices]),
-            runs_per_s=_rate(spans),
+            runs_per_s=runs_per_s,
         )
 
 
@@ -116,11 +121,28 @@ class Bench:
         return stream.done
 
     def prefill(self, lane: Lane, batch: HostBatch, slice_layers: int) -> PrefillTimes:
-        warm_up = self._repetitions.warm_up
-        runs = warm_up + self._repetitions.prefill_runs
+        return self.prefill_in_turn(lane, batch, [slice_layers])[0]
+
+    def prefill_in_turn(
+        self, lane: Lane, batch: HostBatch, slice_layers: Sequence[int]
+    ) -> list[PrefillTimes]:
+        """For each number of layers of a slice. Its runs alternate with those of the others, since
+        a device that warms up gets slower from run to run."""
+        ways = len(slice_layers)
+        first = self._repetitions.warm_up * ways
+        runs = first + self._repetitions.prefill_runs * ways
         stream = PrefillStream(self._runner, lane, batch, slice_layers, runs)
         drive([stream], self._wait, enough=_never)
-        return PrefillTimes.of(stream.done[warm_up:])
+        done = stream.done
+        began_s = done[first - 1].span.end_s if first else done[0].span.start_s
+        ends_s = [began_s, *(run.span.end_s for run in done[first:])]
+        spent_s = [after_s - before_s for before_s, after_s in itertools.pairwise(ends_s)]
+        return [
+            PrefillTimes.of_some(
+                done[first + way :: ways], len(spent_s[way::ways]) / sum(spent_s[way::ways])
+            )
+            for way in range(ways)
+        ]
 
     def side_by_side(
         self,
@@ -134,7 +156,7 @@ class Bench:
         does not count, so the spans that do lie beside work of the other phase throughout."""
         repetitions = self._repetitions
         decodes = DecodeStream(self._runner, decode_lane, lambda index: step)
-        prefills = PrefillStream(self._runner, prefill_lane, prefill, slice_layers)
+        prefills = PrefillStream(self._runner, prefill_lane, prefill, [slice_layers])
         window = _Window(decodes, prefills, repetitions.warm_up)
 
         def enough() -> bool:

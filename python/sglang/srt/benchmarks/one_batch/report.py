@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,8 @@ _COLUMNS = (
     ("cpu_ms", "cpu", "{:.3f}"),
     ("slice_launch_ms", "slice launch", "{:.3f}"),
     ("slicing_percent", "slicing %", "{:+.1f}"),
+    ("sm_clock_mhz", "MHz", "{:.0f}"),
+    ("power_w", "W", "{:.0f}"),
 )
 _GENERATION_COLUMNS = (
     ("case", "case", "{}"),
@@ -159,6 +162,8 @@ _GENERATION_COLUMNS = (
     ("median_decode_throughput", "tokens/s", "{:.0f}"),
     ("total_latency", "total s", "{:.3f}"),
     ("overall_throughput", "tokens/s", "{:.0f}"),
+    ("sm_clock_mhz", "MHz", "{:.0f}"),
+    ("power_w", "W", "{:.0f}"),
 )
 
 
@@ -168,6 +173,13 @@ def table(rows: Sequence[Row]) -> str:
     generations = [row for row in rows if "total_latency" in row]
     parts = [(cases, _COLUMNS), (generations, _GENERATION_COLUMNS)]
     return "\n\n".join(_aligned(part, columns) for part, columns in parts if part)
+
+
+def limits_line(rows: Sequence[Row]) -> str:
+    """What held the GPU's clock down in how many of the cases; empty if nothing did."""
+    counts = Counter(name for row in rows for name in row.get("limited_by", ()))
+    found = ", ".join(f"{name} in {count}" for name, count in counts.most_common())
+    return f"Clock held down, of {len(rows)} cases: {found}" if found else ""
 
 
 def machine_lines(rates: dict[tuple[Phase, Partition], Rates], unit: str) -> str:

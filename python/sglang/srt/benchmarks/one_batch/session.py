@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from sglang.srt.benchmarks.one_batch.report import (
     Row,
     decode_row,
     generation_row,
+    limits_line,
     machine_lines,
     open_results,
     prefill_row,
@@ -47,8 +49,11 @@ from sglang.srt.benchmarks.one_batch.report import (
 )
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.bring_up import Executor, bring_up
+from sglang.srt.profiling.nvml import GpuWatch, watch_device
 from sglang.srt.server_args import resolve_device
 
+# Several readings in all but the shortest cases.
+WATCH_INTERVAL_S = 0.05
 LaneRates = dict[tuple[Phase, Partition], Rates]
 
 
@@ -58,15 +63,19 @@ def run(options: OneBatchOptions, probe_sizes: ProbeSizes | None = None) -> list
     Raises ConfigError naming the flag, before the first measurement.
     """
     _check_splits(options)
-    executor = _bring_up(options)
-    try:
+    with contextlib.ExitStack() as stack:
+        executor = _bring_up(options)
+        stack.callback(executor.close)
         _check_contexts(options, executor)
         partitions = [executor.lanes.table.whole, *executor.lanes.table.splits]
         executor.kv_pool.keys.normal_()
         executor.kv_pool.values.normal_()
         rates = _probe(executor, partitions, probe_sizes)
         print(machine_lines(rates, "SMs" if executor.device.type == "cuda" else "cores"))
-        session = _Session(options, executor, rates)
+        watch = watch_device(executor.device, interval_s=WATCH_INTERVAL_S)
+        if watch is not None:
+            stack.enter_context(watch)
+        session = _Session(options, executor, rates, watch)
         origin = _origin(options)
         rows = []
         with (
@@ -78,20 +87,27 @@ def run(options: OneBatchOptions, probe_sizes: ProbeSizes | None = None) -> list
             for row in session.rows(partitions, bar.update):
                 rows.append(row | origin)
                 append(rows[-1])
-    finally:
-        executor.lanes.close()
     print(table(rows))
+    if line := limits_line(rows):
+        print(line)
     print(f"Results appended to {options.result_file}")
     return rows
 
 
 class _Session:
-    """Measures every case on every partition, then the pairs."""
+    """Measures every case on every partition, then the pairs. watch: None if not known."""
 
-    def __init__(self, options: OneBatchOptions, executor: Executor, rates: LaneRates) -> None:
+    def __init__(
+        self,
+        options: OneBatchOptions,
+        executor: Executor,
+        rates: LaneRates,
+        watch: GpuWatch | None = None,
+    ) -> None:
         self._options = options
         self._executor = executor
         self._rates = rates
+        self._watch = watch
         self._bench = Bench(
             executor.runner,
             Repetitions(options.decode_steps, options.prefill_runs, options.warm_up),
@@ -140,28 +156,35 @@ class _Session:
 
     def _decode(self, case: DecodeCase, partition: Partition) -> Row:
         lane = self._executor.lanes.lane(Phase.DECODE, partition)
-        times = self._bench.decode(lane, self._placement.decode(case))
+        batch = self._placement.decode(case)
+        started_s = time.monotonic()
+        times = self._bench.decode(lane, batch)
         rates = self._rates[Phase.DECODE, partition]
-        return decode_row(self._executor.config, case, partition, rates, times)
+        row = decode_row(self._executor.config, case, partition, rates, times)
+        return row | self._gpu_state(started_s)
 
     def _prefill(self, case: PrefillCase, partition: Partition) -> Row:
         lane = self._executor.lanes.lane(Phase.PREFILL, partition)
         batch = self._placement.prefill(case)
-        whole = self._bench.prefill(lane, batch, self._bench.num_layers)
-        sliced = self._bench.prefill(lane, batch, self._slice_layers)
+        started_s = time.monotonic()
+        ways = [self._bench.num_layers, self._slice_layers]
+        whole, sliced = self._bench.prefill_in_turn(lane, batch, ways)
         rates = self._rates[Phase.PREFILL, partition]
         row = prefill_row(self._executor.config, case, partition, rates, whole)
-        return row | slicing(whole, sliced, self._slice_layers)
+        return row | slicing(whole, sliced, self._slice_layers) | self._gpu_state(started_s)
 
     def _pair(self, step: DecodeCase, prompt: PrefillCase, partition: Partition) -> tuple[Row, Row]:
         lanes, config = self._executor.lanes, self._executor.config
+        steps, prompts = self._placement.decode(step), self._placement.prefill(prompt)
+        started_s = time.monotonic()
         decode, prefill = self._bench.side_by_side(
             lanes.lane(Phase.DECODE, partition),
-            self._placement.decode(step),
+            steps,
             lanes.lane(Phase.PREFILL, partition),
-            self._placement.prefill(prompt),
+            prompts,
             self._slice_layers,
         )
+        state = self._gpu_state(started_s)
         decode_row_ = decode_row(
             config, step, partition, self._rates[Phase.DECODE, partition], decode
         )
@@ -169,8 +192,8 @@ class _Session:
             config, prompt, partition, self._rates[Phase.PREFILL, partition], prefill
         )
         return (
-            decode_row_ | {"beside": f"prefill {prompt}"},
-            prefill_row_ | {"beside": f"decode {step}", "slice_layers": self._slice_layers},
+            decode_row_ | {"beside": f"prefill {prompt}"} | state,
+            prefill_row_ | {"beside": f"decode {step}", "slice_layers": self._slice_layers} | state,
         )
 
     def _generate(self, case: GenerationCase) -> Row:
@@ -179,6 +202,7 @@ class _Session:
         placed = self._placement.sequences(case.requests, case.length)
         ids = self._placement.draw_ids(case.requests * case.input_tokens)
         prompt = placed.fill(0, case.input_tokens, ids)
+        started_s = time.monotonic()
         prefill = self._bench.prefill(
             lanes.lane(Phase.PREFILL, whole), prompt, self._bench.num_layers
         )
@@ -189,7 +213,13 @@ class _Session:
             lanes.lane(Phase.DECODE, whole), [placed.step(length) for length in lengths]
         )
         spans = [step.span for step in steps[self._options.warm_up :]]
-        return generation_row(case, prefill.run.median / 1e3, spans)
+        row = generation_row(case, prefill.run.median / 1e3, spans)
+        return row | self._gpu_state(started_s)
+
+    def _gpu_state(self, since_s: float) -> Row:
+        """The keys of GpuState; none if the GPU's driver is not heard, or without a GPU."""
+        state = self._watch.typical(since_s) if self._watch else None
+        return state.to_json() if state else {}
 
 
 def _check_splits(options: OneBatchOptions) -> None:

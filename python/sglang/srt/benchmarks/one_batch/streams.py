@@ -130,9 +130,9 @@ class PrefillRun:
 
 
 class PrefillStream:
-    """The same prefill again and again, in slices of `slice_layers` layers; as one if it is short
-    enough for a graph.
+    """The same prefill again and again; as one launch if it is short enough for a graph.
 
+    slice_layers: layers of a slice of the first run, the second, ...; then from the first again.
     With slices of all layers a prefill is one launch, and the next one is launched behind it only
     when it is done, as in serving, where its tokens decide what comes next.
     """
@@ -142,7 +142,7 @@ class PrefillStream:
         runner: Runner,
         lane: Lane,
         batch: HostBatch,
-        slice_layers: int,
+        slice_layers: Sequence[int],
         runs: float = math.inf,
     ) -> None:
         self._runner = runner
@@ -182,7 +182,8 @@ class PrefillStream:
         while (
             self._run and self._next_layer < layers and len(self._in_flight) < MAX_SLICES_IN_FLIGHT
         ):
-            asked = layers if self._run.indivisible else self._slice_layers
+            turn = (self._started - 1) % len(self._slice_layers)
+            asked = layers if self._run.indivisible else self._slice_layers[turn]
             first, last = self._next_layer, min(self._next_layer + asked, layers)
             after = [self._in_flight[-1].ticket] if self._in_flight else []
             host = _Stopwatch()
