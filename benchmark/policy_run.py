@@ -271,7 +271,8 @@ def measured(
 
     result: of bench_serving. prefill_tokens_per_s: computed ones, without those from the cache.
     engine_waited_share: of the time, that others had the processor which the engine thread wanted;
-    above a percent or so the window says more of the host than of the policy.
+    above a percent or so the window says more of the host than of the policy. driver_allocations:
+    how often memory was asked for meanwhile; each time may have held up a step.
     """
     sent = _sent(load, result)
     lanes = LaneUse.between(before["pd_multiplex"], after["pd_multiplex"])
@@ -304,6 +305,9 @@ def measured(
     row["engine_cpu_share"] = (threads[1]["cpu_s"] - threads[0]["cpu_s"]) / duration_s
     if threads[0]["waited_s"] is not None:
         row["engine_waited_share"] = (threads[1]["waited_s"] - threads[0]["waited_s"]) / duration_s
+    if (taken := after["driver_allocations"]) is not None:
+        known = before["driver_allocations"]
+        row["driver_allocations"] = {kind: taken[kind] - known[kind] for kind in taken}
     if "slo" in after:
         counted = {"before": before.get("slo"), "after": after["slo"]}
         row["server_slo"] = {"tbt_ms": load.tbt_ms, **counted}

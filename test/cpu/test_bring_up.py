@@ -16,7 +16,7 @@ from drift_scheduler.policies.chunked import Chunked
 from drift_scheduler.policies.take_turns import TakeTurns
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.bring_up import bring_up, make_lanes, make_policies
-from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, warm_up
+from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, take_memory, warm_up
 from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import ServerArgs
@@ -239,3 +239,86 @@ def test_warm_up_touches_one_row_and_leaves_scratch_finite(start):
     assert keys[1].any()
     assert keys[0].isfinite().all()
     assert values[0].isfinite().all()
+
+
+class Launches:
+    """A runner that notes what the real one is given: lane, layers and batch of every launch."""
+
+    def __init__(self, runner):
+        self._runner = runner
+        self.seen = []
+
+    @property
+    def num_layers(self):
+        return self._runner.num_layers
+
+    def start(self, batch):
+        run = self._runner.start(batch)
+        slice_work = run.slice_work
+
+        def noted(lane, first, last):
+            self.seen.append((lane, first, last, batch))
+            return slice_work(lane, first, last)
+
+        run.slice_work = noted
+        return run
+
+
+def take(executor, free_bytes=lambda: 80 << 30, **changes):
+    launches = Launches(executor.runner)
+    sizes = {
+        "max_tokens": 200,
+        "max_reqs": 6,
+        "max_step_tokens": 50,
+        "num_slots": executor.num_slots,
+        "context_length": executor.config.context_length,
+    }
+    take_memory(launches, executor.lanes, free_bytes, **{**sizes, **changes})
+    return launches.seen
+
+
+@needs_two_cores
+def test_the_largest_batches_run_once_on_every_lane(start):
+    executor = start(enable_pdmux=True, pd_multiplex_policy="table", sm_group_num=3)
+    lanes, last = executor.lanes, executor.runner.num_layers
+    shares = [lanes.table[index] for index in range(len(lanes.table))]
+    assert len(shares) == 2
+    seen = take(executor)
+    assert [(lane, first, end) for lane, first, end, _ in seen] == [
+        (lanes.lane(Phase.DECODE, lanes.table.whole), 0, last),
+        *(
+            (lanes.lane(Phase.PREFILL, share), *ends)
+            for share in shares
+            for ends in ((0, 1), (last - 1, last))
+        ),
+        *((lanes.lane(Phase.DECODE, share), 0, last) for share in shares),
+    ]
+    fused, prefill, decode = seen[0][3], seen[1][3], seen[-1][3]
+    assert (fused.decode_reqs, len(fused.input_ids)) == (6, 50)
+    assert (prefill.decode_reqs, len(prefill.input_ids)) == (0, 200)
+    assert (decode.decode_reqs, len(decode.input_ids)) == (6, 0)
+    assert decode.is_decode
+    keys, _ = executor.kv_pool.layer(0)
+    assert keys[0].isfinite().all()
+
+
+def test_prompts_are_no_longer_than_context_and_pool_allow(start):
+    executor = start()
+    context_length = executor.config.context_length
+    tokens = executor.num_slots - 1
+    seen = take(executor, max_tokens=10 * tokens, context_length=100)
+    prefill = next(batch for *_, batch in seen if not batch.decode_reqs)
+    assert prefill.new_lens.tolist() == [99, 99, tokens - 198]
+    assert context_length > 100  # the tables of the real runner are wider
+
+
+def test_steps_in_which_nothing_rides_are_left_out(start):
+    seen = take(start(), max_step_tokens=0)
+    assert all(batch.decode_reqs in (0, len(batch.rows)) for *_, batch in seen)
+
+
+def test_memory_is_taken_only_while_there_is_room(start, caplog):
+    free = iter([80 << 30, 3 << 30, 1 << 30])
+    seen = take(start(), lambda: next(free))
+    assert len({lane for lane, *_ in seen}) == 2
+    assert "--mem-fraction-static" in caplog.text

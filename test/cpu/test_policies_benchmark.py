@@ -104,6 +104,7 @@ class FakeTarget:
         return {
             "pd_multiplex": LANES,
             "engine_thread": THREAD,
+            "driver_allocations": None,
             "slo": {"finished": len(self.log)},
         }
 
@@ -314,10 +315,16 @@ class TestMeasured:
         row = measured(
             self.load,
             bench_result(),
-            {"pd_multiplex": LANES, "engine_thread": THREAD, "slo": 1},
+            {
+                "pd_multiplex": LANES,
+                "engine_thread": THREAD,
+                "driver_allocations": {"device": 40, "pinned": 7},
+                "slo": 1,
+            },
             {
                 "pd_multiplex": after,
                 "engine_thread": {"cpu_s": 3.0, "waited_s": 0.7},
+                "driver_allocations": {"device": 43, "pinned": 7},
                 "slo": 2,
             },
         )
@@ -330,6 +337,7 @@ class TestMeasured:
         assert row["host_allowance_ms"] == 2.0
         assert row["engine_cpu_share"] == pytest.approx(2.0 / row["duration_s"])
         assert row["engine_waited_share"] == pytest.approx(0.2 / row["duration_s"])
+        assert row["driver_allocations"] == {"device": 3, "pinned": 0}
         assert row["launches"] == {"whole": 0, "p84/d48": 11}
         assert row["server_slo"] == {"tbt_ms": 50.0, "before": 1, "after": 2}
 
@@ -377,7 +385,11 @@ class TestMeasured:
         assert 0 < row["attainment"] < min(row["attainment_ttft"], row["attainment_tbt"])
 
     def test_what_was_not_finished_is_a_miss(self):
-        state = {"pd_multiplex": LANES, "engine_thread": {"cpu_s": 1.0, "waited_s": None}}
+        state = {
+            "pd_multiplex": LANES,
+            "engine_thread": {"cpu_s": 1.0, "waited_s": None},
+            "driver_allocations": None,
+        }
         result = bench_result(interrupted=True)
         row = measured(self.load, result, state, state) | judged(self.load, result)
         assert (row["requests"], row["unfinished"]) == (20, 10)
@@ -386,7 +398,11 @@ class TestMeasured:
         assert "server_slo" not in row
 
     def test_no_answer_at_all_is_an_error(self):
-        state = {"pd_multiplex": LANES, "engine_thread": {"cpu_s": 1.0, "waited_s": None}}
+        state = {
+            "pd_multiplex": LANES,
+            "engine_thread": {"cpu_s": 1.0, "waited_s": None},
+            "driver_allocations": None,
+        }
         result = bench_result(completed=0, failed=10, cache_report=None, errors=["refused"] * 10)
         row = measured(self.load, result, state, state) | judged(self.load, result)
         assert row["error"] == "no request completed"

@@ -47,6 +47,7 @@ from sglang.srt.messages import (
     StopMatched,
     ToScheduler,
 )
+from sglang.srt.observability.driver_memory import driver_allocations
 from sglang.srt.observability.scheduler_log import Load, SchedulerLog
 from sglang.srt.observability.thread_time import thread_times
 from sglang.srt.observability.watchdog import Watchdog
@@ -244,6 +245,7 @@ class Scheduler:
             "retractions": self._engine.retractions,
             "slo": self._attainment.snapshot(self._clock()),
             "engine_thread": thread_times(),
+            "driver_allocations": driver_allocations(),
             "pd_multiplex": {
                 "enabled": bool(self._lanes.table.splits),
                 "policy": self._timeline.policy,

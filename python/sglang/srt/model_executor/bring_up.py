@@ -25,7 +25,7 @@ from sglang.srt.model_executor.lane_kernels import (
     matmuls_by_lane,
 )
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.model_executor.warm_up import warm_up
+from sglang.srt.model_executor.warm_up import take_memory, take_pinned_memory, warm_up
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.pdmux_config import PdmuxConfig
@@ -99,6 +99,7 @@ def bring_up(args: ServerArgs) -> Executor:
     )
     model = load_model(source, config, device, seed=args.random_seed or 0)
     on_gpu = device.type == "cuda"
+    fuses = policy.text != "turns"
     num_rows = 1 + (args.max_running_requests or (GPU_MAX_RUNNING if on_gpu else CPU_MAX_RUNNING))
     matmuls = matmuls_by_lane(
         args.matmul_backend,
@@ -138,7 +139,7 @@ def bring_up(args: ServerArgs) -> Executor:
                 pool,
                 max_reqs=min(args.cuda_graph_max_bs or num_rows, num_rows - 1),
                 max_tokens=prefill_tokens,
-                fuses=policy.text != "turns",
+                fuses=fuses,
             )
     logger.info(
         "KV pool: %d tokens, %.2f GB; attention: %s; up to %d requests at once",
@@ -155,9 +156,24 @@ def bring_up(args: ServerArgs) -> Executor:
         )
     clock_reader = device_clock(device, on_reading=clock.feed)
     policies = make_policies(args, lanes, latencies, config.num_layers, prefill_tokens)
+    max_step_tokens = prefill_tokens if fuses else 0
     if captured := padded_sizes(lanes.table, runner).prefill:
         # A larger step is launched kernel by kernel: the host is kept from finished ones so long.
         policies = dataclasses.replace(policies, max_step_tokens=captured[-1])
+        max_step_tokens = min(max_step_tokens, captured[-1])
+    if on_gpu:
+        take_pinned_memory()
+        # After the calibration, which gives back what it took.
+        take_memory(
+            runner,
+            lanes,
+            lambda: torch.cuda.mem_get_info(device)[0],
+            max_tokens=prefill_tokens,
+            max_reqs=num_rows - 1,
+            max_step_tokens=max_step_tokens,
+            num_slots=num_slots,
+            context_length=config.context_length,
+        )
     return Executor(
         config=config,
         lanes=lanes,

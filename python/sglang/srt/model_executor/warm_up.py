@@ -1,15 +1,22 @@
-"""Runs every kind of launch once before the first request, so that no request pays for compiling.
+"""Runs every kind of launch before the first request, so that none pays for compiling or memory.
 
 Kernels are compiled for the forms of their arguments (a count that 16 divides, or not), and some
 libraries compile or tune on first use; all of them keep the result on disk for the next start.
+
+Memory comes from the driver in blocks that each stream keeps for its next batches; so does pinned
+host memory, in blocks of every power of two. To ask for one while lanes are at work makes the host
+wait until they are done: decode steps included, which come late then. So the largest batches run
+once on every lane, before there is anything to wait for.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from drift_scheduler.lane import Lane, LaneProvider, Phase
@@ -21,10 +28,17 @@ from sglang.srt.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 LIMIT_S = 900.0  # a cold FlashInfer takes minutes
+# Left to libraries that take memory of their own, and to batches of other shapes.
+ROOM_BYTES = 2 << 30
+# Pinned blocks of one size that batches in flight may hold, and the size of the largest: what the
+# longest prompts enter in the slot table.
+PINNED_BLOCKS = 8
+MAX_PINNED_BYTES = 4 << 20
 PROMPT_TOKENS = (17, 64)
-ROW = 1
-# One row that takes the likeliest token and one that draws: both ways of sampling are compiled.
-WISHES = (SamplingParams(temperature=0), SamplingParams(temperature=1, top_k=20, top_p=0.9))
+FIRST_ROW = 1
+GREEDY = SamplingParams(temperature=0)
+PLAIN = SamplingParams(temperature=1)
+CUTTING = SamplingParams(temperature=1, top_k=20, top_p=0.9)
 
 
 def warm_up(runner: Runner, lanes: LaneProvider, *, num_slots: int, context_length: int) -> None:
@@ -41,22 +55,99 @@ def warm_up(runner: Runner, lanes: LaneProvider, *, num_slots: int, context_leng
         for lane, decode_reqs in launches:
             for count in sizes:
                 bar.set_postfix_str(f"{lane.phase.value} lane, {lane.sms} SMs, {count} tokens")
-                for wish in WISHES:
-                    run = runner.start(_batch(count, decode_reqs, wish, context_length))
+                for wish in (GREEDY, CUTTING):  # both ways of sampling are compiled
+                    run = runner.start(batch_of((count,), decode_reqs, wish, context_length))
                     lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
                 bar.update()
     logger.info("Warmed up prefill kernels in %.1f s", time.perf_counter() - started_s)
 
 
-def _batch(
-    count: int, decode_reqs: int, sampling: SamplingParams, context_length: int
+def take_memory(
+    runner: Runner,
+    lanes: LaneProvider,
+    free_bytes: Callable[[], int],
+    *,
+    max_tokens: int,
+    max_reqs: int,
+    max_step_tokens: int,
+    num_slots: int,
+    context_length: int,
+) -> None:
+    """Runs the largest batches on idle lanes, as long as there is room; slots and rows as warm_up.
+
+    max_tokens, max_reqs: of a batch that prefills, and that decodes. max_step_tokens: of prompts
+    that ride in a decode step; 0 if none do.
+    """
+    started_s = time.perf_counter()
+
+    def prompts(tokens: int) -> list[int]:
+        return _prompts(min(tokens, num_slots - 1), context_length, max_reqs)
+
+    prefill = batch_of(prompts(max_tokens), 0, GREEDY, context_length)
+    # Draws from all of its logits, in copies of its own; graphs have those of the likeliest.
+    decode = batch_of((), max_reqs, PLAIN, context_length)
+    launches: list[tuple[Lane, HostBatch]] = []
+    if max_step_tokens:
+        fused = batch_of(prompts(max_step_tokens), max_reqs, CUTTING, context_length)
+        launches.append((lanes.lane(Phase.DECODE, lanes.table.whole), fused))
+    for phase, batch in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
+        launches += [
+            (lanes.lane(phase, lanes.table[index]), batch) for index in range(len(lanes.table))
+        ]
+    for lane, batch in launches:
+        if free_bytes() < ROOM_BYTES:
+            logger.warning(
+                "Less than %.1f GB of memory is left before the %s lane of %s has run: launches "
+                "may stall when it first does. A lower --mem-fraction-static leaves more",
+                ROOM_BYTES / 1e9,
+                lane.phase.value,
+                lane.partition,
+            )
+            break
+        _run_ends(runner, lane, batch)
+    logger.info("Ran the largest batches in %.1f s", time.perf_counter() - started_s)
+
+
+def take_pinned_memory() -> None:
+    """Blocks of every size that uploads and results take; torch keeps them when they are freed."""
+    sizes = (1 << bits for bits in range(MAX_PINNED_BYTES.bit_length()))
+    held = [
+        torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        for size in sizes
+        for _ in range(PINNED_BLOCKS)
+    ]
+    del held
+
+
+def _run_ends(runner: Runner, lane: Lane, batch: HostBatch) -> None:
+    """The first layer and the last, sampling included: those between take no more memory. A
+    decode step is never sliced."""
+    run = runner.start(batch)
+    layers = runner.num_layers
+    whole = lane.phase is Phase.DECODE or run.indivisible or layers == 1
+    for first, last in [(0, layers)] if whole else [(0, 1), (layers - 1, layers)]:
+        lane.launch(run.slice_work(lane, first, last)).wait(LIMIT_S)
+
+
+def _prompts(tokens: int, context_length: int, max_prompts: int) -> list[int]:
+    """Lengths of as few prompts as have so many tokens."""
+    longest = context_length - 1
+    lengths = [longest] * (tokens // longest)
+    if rest := tokens % longest:
+        lengths.append(rest)
+    return lengths[:max_prompts]
+
+
+def batch_of(
+    prompts: Sequence[int], decode_reqs: int, sampling: SamplingParams, context_length: int
 ) -> HostBatch:
-    """A prompt of `count` tokens on slots 1..count, behind decodes of one token in scratch."""
+    """Prompts of so many tokens on slots 1, 2, ..., behind decodes of one token in scratch."""
+    count = sum(prompts)
     scratch = np.zeros(decode_reqs, dtype=np.int64)
-    tokens = np.concatenate([scratch, np.arange(count)])
+    tokens = np.concatenate([scratch, *map(np.arange, prompts)])
     slots = np.concatenate([scratch, np.arange(1, count + 1)])
-    lengths = np.concatenate([scratch + 1, [count]])
-    rows = np.concatenate([scratch + PADDING_ROW, [ROW]])
+    lengths = np.concatenate([scratch + 1, np.asarray(prompts, dtype=np.int64)])
+    rows = np.concatenate([scratch + PADDING_ROW, FIRST_ROW + np.arange(len(prompts))])
     return HostBatch(
         decode_reqs=decode_reqs,
         input_ids=np.zeros(count, dtype=np.int64),
