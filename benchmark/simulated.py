@@ -76,9 +76,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--noise",
         type=not_negative,
-        default=0.04,
-        help="sigma of the logarithm of launch times (default: 0.04, as launches of an H100 "
-        "scattered about what its profile says)",
+        default=0.03,
+        help="sigma of the logarithm of times of launches that share the device (default: 0.03, as "
+        "an H100's scatter from one to the next); of others a small part of it",
+    )
+    parser.add_argument(
+        "--timelines",
+        type=Path,
+        help="folder that benchmark.policies was given for those of the rows: launches take as "
+        "long as they did in the windows of the workload, not as long as the profile says",
     )
     parser.add_argument(
         "--drain-seconds",
@@ -145,6 +151,7 @@ def with_workloads(
 
 def _simulate(given: argparse.Namespace, windows: Sequence[tuple[Row, Workload]]) -> list[Row]:
     from benchmark.serve_trace import append
+    from benchmark.simulated_times import seen_in
     from benchmark.simulated_window import Host, WindowSimulator  # which import torch
 
     host = Host(
@@ -155,9 +162,12 @@ def _simulate(given: argparse.Namespace, windows: Sequence[tuple[Row, Workload]]
         drain_seconds=given.drain_seconds,
     )
     machine = load_machine(given.profile, given.num_layers)
+    times = None
+    if given.timelines is not None:
+        times = seen_in(given.timelines, [row for row, _ in windows], machine)
     lines: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        simulator = WindowSimulator(machine, host, Path(folder))
+        simulator = WindowSimulator(machine, host, Path(folder), times)
         for row, workload in windows:
             line = simulator.simulate(row, workload)
             append(line, given.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,21 @@ class WindowSimulator:
     A server learns how long its launches take, from the warm-ups too, and takes that from window to
     window, whatever their policies; so rows of one server share what was learnt.
 
-    folder: for traces that are made.
+    folder: for traces that are made. times: of launches, by workload; the machine's if left out.
+    What a server knows at its start is the machine's either way.
     """
 
-    def __init__(self, machine: Machine, host: Host, folder: Path) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        host: Host,
+        folder: Path,
+        times: Mapping[str, Latencies] | None = None,
+    ) -> None:
         self._machine = machine
         self._host = host
         self._folder = folder
+        self._times = times or {}
         self._learnt: dict[str, Latencies] = {}
 
     def simulate(self, row: Row, workload: Workload) -> Row:
@@ -109,6 +117,7 @@ class WindowSimulator:
             "goodput_error": relative_error(simulated["goodput"], measured["goodput"]),
             "attainment_error": relative_error(simulated["attainment"], measured["attainment"]),
             "host": dataclasses.asdict(host),
+            "times": "timelines" if row["workload"] in self._times else "profile",
         }
 
     def _window(self, row: Row, host: Host) -> Callable[[TraceLoad], Summary]:
@@ -122,7 +131,7 @@ class WindowSimulator:
         spec = ClusterSpec(
             replicas=1,
             table=machine.table,
-            model=machine.model,
+            model=self._times.get(row["workload"], machine.model),
             num_layers=machine.num_layers,
             limits=EngineLimits(
                 kv_tokens=args.max_total_tokens or host.kv_tokens,

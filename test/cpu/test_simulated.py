@@ -19,10 +19,15 @@ from benchmark.simulated_load import (
     requests_of,
 )
 from benchmark.simulated_table import render, swapped
+from benchmark.simulated_times import runs_of
 from benchmark.simulated_window import server_count
 from benchmark.trace_load import TraceLoad
+from drift_scheduler.lane import Phase, Span
 from drift_scheduler.profile import Kind, PaddedSizes, Profile, ProfileKey, Sample, Split
 from drift_scheduler.shapes import DecodeShape, PrefillShape
+from drift_scheduler.simulation.machine import load_machine
+from drift_scheduler.timeline import LaneRun, Timeline
+from drift_scheduler.window import TimelineWindow, as_json
 from sglang.bench.arrivals import poisson_arrivals_s
 from sglang.bench.cli import parse_options
 from sglang.bench.datasets import mooncake
@@ -227,6 +232,83 @@ def test_what_a_server_learnt_in_one_window_is_known_in_the_next(row, simulate):
     _, lines = simulate([row, row, row | {"server": 2}], "--noise", "0.2")
     assert lines[0]["simulated"] == lines[2]["simulated"]
     assert lines[0]["simulated"] != lines[1]["simulated"]
+
+
+def slow_decode(machine, factor):
+    """A timeline of steps alone, each of which took `factor` times what the profile says."""
+    whole = machine.table.whole
+    timeline = Timeline()
+    for place in range(300):
+        shape = DecodeShape(1 + place % 8, 1000 * (1 + place % 8))
+        took_s = factor * machine.model.decode(shape, whole, None).expected_s
+        timeline.add(LaneRun(Phase.DECODE, whole, Span(place, place + took_s), 1, 1, decode=shape))
+    return as_json(TimelineWindow.of_pages([timeline.page(300.0, 400.0, 1000)], SMS))
+
+
+def test_launches_take_as_long_as_they_did_in_the_windows(row, simulate, profile, tmp_path):
+    folder = tmp_path / "timelines"
+    folder.mkdir()
+    machine = load_machine(profile)
+    (folder / "slow.json").write_text(json.dumps(slow_decode(machine, 2.0)))
+    row = row | {"policy": "turns", "timeline": "slow.json"}
+    _, plain = simulate([row], "--noise", "0")
+    _, (_, slow) = simulate([row], "--noise", "0", "--timelines", str(folder))
+    assert (plain[0]["times"], slow["times"]) == ("profile", "timelines")
+    ratio = slow["simulated"]["tbt_p50_ms"] / plain[0]["simulated"]["tbt_p50_ms"]
+    assert ratio == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_timeline_is_read_as_it_was_lived(profile):
+    table = load_machine(profile).table
+    split = table[1]
+    lived = [
+        LaneRun(
+            Phase.PREFILL,
+            split,
+            Span(1.0, 1.25),
+            2,
+            700,
+            layers=3,
+            decode=DecodeShape(4, 900),
+            prefill=PrefillShape(700, 250_000, 10),
+        ),
+        LaneRun(
+            Phase.DECODE,
+            table.whole,
+            Span(1.5, 1.75),
+            5,
+            69,
+            fused_tokens=64,
+            decode=DecodeShape(5, 40),
+            prefill=PrefillShape(64, 4096, 0),
+        ),
+    ]
+    timeline = Timeline()
+    for run in lived:
+        timeline.add(run)
+    shown = as_json(TimelineWindow.of_pages([timeline.page(2.0, 10.0, 10)], SMS))
+    read = [dataclasses.replace(run, span=Span(0, 0)) for run in runs_of(shown, table)]
+    assert read == [dataclasses.replace(run, span=Span(0, 0)) for run in lived]
+    assert [run.span.duration_s for run in runs_of(shown, table)] == pytest.approx([0.25, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("timeline", "content", "message"),
+    [
+        ("gone.json", None, "gone.json"),
+        (None, None, "names none"),
+        ("bad.json", "{", "bad.json"),
+        ("foreign.json", '{"runs": [{"partition": "p7/d1"}]}', "no partition p7/d1"),
+    ],
+)
+def test_a_timeline_that_cannot_be_used_is_named(
+    row, simulate, tmp_path, capsys, timeline, content, message
+):
+    if content is not None:
+        (tmp_path / timeline).write_text(content)
+    code, lines = simulate([row | {"timeline": timeline}], "--timelines", str(tmp_path))
+    assert (code, lines) == (1, [])
+    assert message in capsys.readouterr().err
 
 
 def test_the_servers_flags_count(row, simulate):

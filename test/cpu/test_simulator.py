@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
+import statistics
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drift_scheduler.dispatcher import Admission, Forecast, Plan
+from drift_scheduler.lane import Phase
+from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.factory import PolicyFactory
 from drift_scheduler.policies.order import LATE_TURN, PATIENCE_S, SLOT_S
+from drift_scheduler.shapes import DecodeShape, PrefillShape
 from drift_scheduler.simulation.cluster import Cluster, ClusterSpec, SimulationStuckError
 from drift_scheduler.simulation.engine import EngineLimits
 from drift_scheduler.simulation.goodput import find_goodput
@@ -21,7 +26,7 @@ from drift_scheduler.simulation.kv_pool import BLOCK_TOKENS, KvPool
 from drift_scheduler.simulation.replica import Driver, Replica
 from drift_scheduler.simulation.request import SimRequest
 from drift_scheduler.simulation.routing import Router
-from drift_scheduler.simulation.times import LaunchTimes, Noise
+from drift_scheduler.simulation.times import ALONE, LaunchTimes, Noise
 from drift_scheduler.simulation.trace import TraceRequest, TraceRow, at_own_times, at_poisson_times
 from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import LaneRun
@@ -49,6 +54,37 @@ class Model:
 
 def _forecast(seconds: float) -> Forecast:
     return Forecast(seconds, seconds * 1.1)
+
+
+class TestNoise:
+    """Times over expected ones, of launches alone and of those that share the device."""
+
+    times = LaunchTimes(Model(), LAYERS, Noise(0.2, 3))
+    decode = DecodeShape(4, 4000)
+    prefill = PrefillShape(100, 10_000, 0)
+
+    def scatter(self, take, expected_s: float) -> float:
+        return statistics.pstdev(math.log(take() / expected_s) for _ in range(2000))
+
+    def test_what_shares_the_device_scatters_as_asked(self):
+        lane = VirtualLanes(TABLE, VirtualClock()).lane(Phase.DECODE, TABLE[1])
+        shared_s = Model().decode(self.decode, TABLE[1], self.prefill).expected_s
+        beside = self.scatter(lambda: self.times.step_s(self.decode, lane, self.prefill), shared_s)
+        fused_s = Model().fused(self.decode, self.prefill).expected_s
+        fused = self.scatter(lambda: self.times.fused_s(self.decode, self.prefill), fused_s)
+        assert beside == pytest.approx(0.2, rel=0.1)
+        assert fused == pytest.approx(0.2, rel=0.1)
+
+    def test_what_is_alone_scatters_little(self):
+        lanes = VirtualLanes(TABLE, VirtualClock())
+        whole, split = (lanes.lane(Phase.PREFILL, TABLE[index]) for index in (0, 1))
+        for lane, beside in ((whole, self.decode), (split, None)):
+            alone_s = Model().prefill(self.prefill, lane.partition, None).expected_s
+            scatter = self.scatter(
+                lambda: self.times.layers_s(self.prefill, LAYERS, lane, beside),  # noqa: B023
+                alone_s,
+            )
+            assert scatter == pytest.approx(0.2 * ALONE, rel=0.1)
 
 
 class Recorder:
