@@ -318,7 +318,7 @@ def test_steps_in_which_nothing_rides_are_left_out(start):
 
 
 def test_memory_is_taken_only_while_there_is_room(start, caplog):
-    free = iter([80 << 30, 3 << 30, 1 << 30])
+    free = iter([80 << 30, 3 << 30, 1 << 30, 1 << 30])
     seen = take(start(), lambda: next(free))
     assert len({lane for lane, *_ in seen}) == 2
     assert "--mem-fraction-static" in caplog.text

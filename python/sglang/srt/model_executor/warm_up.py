@@ -105,7 +105,11 @@ def take_memory(
             )
             break
         _run_ends(runner, lane, batch)
-    logger.info("Ran the largest batches in %.1f s", time.perf_counter() - started_s)
+    logger.info(
+        "Ran the largest batches in %.1f s; %.1f GB of memory is left",
+        time.perf_counter() - started_s,
+        free_bytes() / 1e9,
+    )
 
 
 def take_pinned_memory() -> None:
