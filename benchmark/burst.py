@@ -29,6 +29,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from benchmark.command_line import command_line
 from benchmark.conversation import GenerateError, parse_event, percentile
 from benchmark.policies import environment
 from benchmark.policy_run import ServedModel, server_flags
@@ -293,11 +294,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.burst",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("burst", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with a config.json, GGUF")
     parser.add_argument("--policy", nargs="+", required=True, help="as the server names them")
     for name, default in (

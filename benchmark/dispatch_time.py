@@ -13,7 +13,6 @@ One JSON line a queue length: microseconds of admit and dispatch together, p50, 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import random
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmark.command_line import command_line
 from benchmark.serve_trace import append
 from drift_scheduler.backlog import Backlog, Prompt
 from drift_scheduler.dispatcher import Admission
@@ -126,7 +126,7 @@ def measure(profile: Profile, waiting: int, decisions: int, seed: int) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmark.dispatch_time", description=__doc__)
+    parser = command_line("dispatch_time", __doc__)
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--waiting", type=int, nargs="+", default=[0, 1000, 10_000])
     parser.add_argument("--decisions", type=int, default=4000)

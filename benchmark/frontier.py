@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmark.command_line import command_line
 from benchmark.frontier_baseline import Baseline
 from benchmark.frontier_ways import Row, Way, judge, turns, way_row
 from benchmark.trace_load import model_flags
@@ -327,11 +328,7 @@ def _gain(baseline: Baseline | None, frontier: Frontier, way: Way) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.frontier",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("frontier", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with a config.json, GGUF")
     parser.add_argument(
         "--decode",

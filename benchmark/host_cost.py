@@ -15,7 +15,6 @@ Appends one JSON line a case: microseconds of a step, in all and by part.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import zmq
 
+from benchmark.command_line import command_line
 from benchmark.serve_trace import append
 from drift_scheduler.gang import Gang
 from drift_scheduler.lane import Lane, Work
@@ -228,7 +228,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmark.host_cost", description=__doc__)
+    parser = command_line("host_cost", __doc__)
     parser.add_argument("--requests", type=int, nargs="+", default=[128])
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--page-size", type=int, nargs="+", default=[1])

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmark.command_line import command_line
 from drift_scheduler.lane import Lane, Phase
 from drift_scheduler.lane_cuda import CudaLanes
 from sglang.srt.benchmarks.environment import describe
@@ -275,7 +276,7 @@ def _line(row: Row) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmark.matmul_lanes", description=__doc__)
+    parser = command_line("matmul_lanes", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended here")
     parser.add_argument("--sms", type=counts, default=(116, 100, 84, 68, 32, 16))
     parser.add_argument(

@@ -11,7 +11,6 @@ from the scheduler's send to the client's receive, and the CPU time of each proc
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
 import itertools
@@ -36,6 +35,7 @@ import psutil
 import uvloop
 import zmq
 
+from benchmark.command_line import command_line
 from benchmark.serve_trace import append
 from benchmark.smollm2 import model_path
 from sglang.srt.benchmarks.environment import describe
@@ -325,7 +325,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmark.message_path", description=__doc__)
+    parser = command_line("message_path", __doc__)
     parser.add_argument("--endpoint", nargs="+", choices=ENDPOINTS, default=["generate", "chat"])
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens-per-s", type=float, default=50.0, help="of one stream")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.arguments import not_negative, positive, workload
+from benchmark.command_line import command_line
 from benchmark.policy_plan import Comparison
 from benchmark.policy_run import Run, ServedModel, Target, server_flags
 from benchmark.policy_table import Row, render
@@ -50,11 +51,7 @@ def environment() -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Exits with code 2 and the flag's name if one is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.policies",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("policies", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with a config.json, GGUF")
     parser.add_argument(
         "--workload",

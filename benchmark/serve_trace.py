@@ -9,7 +9,6 @@ The load comes from `python -m sglang.bench_serving`, as a user would run it. We
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmark.command_line import command_line
 from benchmark.server_process import ServerProcess
 from benchmark.trace_load import (
     LaneUse,
@@ -138,7 +138,7 @@ def append(row: dict[str, Any], out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmark.serve_trace", description=__doc__)
+    parser = command_line("serve_trace", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with a config.json")
     parser.add_argument("--trace", type=Path, required=True, help="Mooncake trace, .jsonl[.gz]")
     parser.add_argument("--rate", type=float, nargs="+", default=[1.0], help="requests/s")

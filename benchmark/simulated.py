@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark.arguments import not_negative, workload
+from benchmark.command_line import command_line
 from benchmark.policy_plan import Workload
 from benchmark.policy_table import Row
 from benchmark.simulated_load import workload_named
@@ -34,11 +35,7 @@ from sglang.bench.errors import BenchError
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Exits with code 2 and the flag's name if one is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.simulated",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("simulated", __doc__)
     parser.add_argument(
         "--rows", type=Path, required=True, help="of benchmark.policies, JSON lines"
     )

@@ -33,7 +33,6 @@ block of a prompt keeps its id while it fills up: reuse is exact to the token.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import math
@@ -45,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmark.command_line import command_line
 from sglang.bench.datasets.mooncake import BLOCK_TOKENS, TraceRow
 
 AGENTS = 8
@@ -220,11 +220,7 @@ def _mean_turns() -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.tool_agent",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tool_agent", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="trace to write, .jsonl or .gz")
     parser.add_argument("--sessions", type=int, default=400)
     parser.add_argument("--rate", type=float, default=2.0, help="requests/s (default: 2)")
