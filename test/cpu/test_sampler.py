@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from sglang.srt.layers import sampler
 from sglang.srt.layers.sampler import (
     SamplingBatch,
     Withheld,
@@ -255,18 +256,46 @@ def test_ties_with_the_last_kept_token_are_kept() -> None:
 
 
 def test_top_k_beyond_the_vocabulary_is_off() -> None:
-    batch = _batch([SamplingParams(top_k=1000)], 8)
-    assert batch.cut_rows is None
-    assert batch.top_ks.tolist() == [8]
+    [part] = _batch([SamplingParams(top_k=1000)], 8).parts
+    assert part.cut_rows is None
+    assert part.top_ks.tolist() == [8]
 
 
 def test_only_as_much_is_sorted_as_the_cuts_need() -> None:
     params = [_RANDOM, SamplingParams(top_k=20, top_p=0.9), _GREEDY, SamplingParams(top_k=50)]
-    batch = _batch(params, 1000)
-    assert batch.cut_rows is not None
-    assert (batch.cut_rows.tolist(), batch.cut_width) == ([1, 2], 50)
-    assert _batch([*params, SamplingParams(top_p=0.9)], 1000).cut_width == 1000
-    assert _batch([_RANDOM, _GREEDY, SamplingParams(min_p=0.1)], 1000).cut_rows is None
+    [part] = _batch(params, 1000).parts
+    assert part.cut_rows is not None
+    assert (part.cut_rows.tolist(), part.cut_width) == ([1, 2], 50)
+    [part] = _batch([*params, SamplingParams(top_p=0.9)], 1000).parts
+    assert part.cut_width == 1000
+    [part] = _batch([_RANDOM, _GREEDY, SamplingParams(min_p=0.1)], 1000).parts
+    assert part.cut_rows is None
+
+
+@pytest.mark.parametrize("greedy_too", [True, False])
+@pytest.mark.parametrize("rows_each", [1, 2, 5])
+def test_rows_draw_the_same_however_few_are_taken_at_a_time(
+    rows_each: int, greedy_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab_size = 40
+    wishes = [
+        _RANDOM,
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.5),
+        SamplingParams(min_p=0.2),
+        SamplingParams(temperature=2.0, top_k=9, top_p=0.8, min_p=0.01),
+    ]
+    params = [wish for wish in wishes for _ in range(3)] + ([_GREEDY] * 4 if greedy_too else [])
+    logits = torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(len(params))
+    together = _batch(params, vocab_size)
+    monkeypatch.setattr(sampler, "_PART_ELEMENTS", rows_each * vocab_size)
+    apart = _batch(params, vocab_size)
+    assert len(together.parts) == 1
+    assert [len(part.seeds) for part in apart.parts] == (
+        [rows_each] * (15 // rows_each) + [15 % rows_each] * (15 % rows_each > 0)
+    )
+    assert sample(logits, positions, apart).tolist() == sample(logits, positions, together).tolist()
 
 
 @pytest.mark.parametrize(

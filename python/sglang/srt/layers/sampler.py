@@ -11,6 +11,7 @@ that tie with that logit are kept, so that the outcome does not hang on the orde
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +21,9 @@ import torch
 from sglang.srt.layers.fused import use_kernels
 from sglang.srt.sampling_params import SamplingParams
 
-_NOISE_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of noise at a time: it stays in the L2 cache
+# Logits of random rows at a time, 16 MiB of them: their noise stays in the L2 cache, and what is
+# sorted and scaled takes the same memory however many rows there are.
+_PART_ELEMENTS = 1 << 22
 
 
 class Withheld(NamedTuple):
@@ -32,23 +35,21 @@ class Withheld(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """How each of B rows chooses its token; all tensors live on the device of the logits.
+class RandomRows:
+    """How R rows draw their token; tensors on the device of the logits.
 
-    random_rows [R] i64: the rows that draw, None if all do; the others take the likeliest token.
-    For the random rows, in that order:
+    rows [R] i64: which rows of the batch; None if they are rows `start` and on.
         temperatures [R] f32, above 0
         top_ks [R] i64, vocab_size where off
         top_ps [R] f32, 1 where off
         min_ps [R] f32, 0 where off
         seeds [R] i64
-    cut_rows [C] i64: indices into the random rows of those with a top-k or top-p, None if none.
-    cut_width: how many of the likeliest tokens must be sorted to cut those rows.
-    withheld_rows, withheld_ids, withheld_until [N] i64: see Withheld; None if there are none.
+    cut_rows [C] i64: which of the R have a top-k or top-p, None if none. cut_width: how many of the
+    likeliest tokens must be sorted to cut those.
     """
 
-    num_rows: int
-    random_rows: torch.Tensor | None
+    start: int
+    rows: torch.Tensor | None
     temperatures: torch.Tensor
     top_ks: torch.Tensor
     top_ps: torch.Tensor
@@ -57,13 +58,33 @@ class SamplingBatch:
     any_min_p: bool
     cut_rows: torch.Tensor | None
     cut_width: int
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows of values [B, ...]."""
+        if self.rows is not None:
+            return values.index_select(0, self.rows)
+        return values[self.start : self.start + len(self.seeds)]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each of B rows chooses its token; all tensors live on the device of the logits.
+
+    random_rows [R] i64: the rows that draw, None if all do; the others take the likeliest token.
+    parts: the random rows in that order, a few at a time.
+    withheld_rows, withheld_ids, withheld_until [N] i64: see Withheld; None if there are none.
+    """
+
+    num_rows: int
+    random_rows: torch.Tensor | None
+    parts: tuple[RandomRows, ...]
     withheld_rows: torch.Tensor | None
     withheld_ids: torch.Tensor | None
     withheld_until: torch.Tensor | None
 
     @property
     def all_greedy(self) -> bool:
-        return self.temperatures.shape[0] == 0
+        return not self.parts
 
     @classmethod
     def from_params(
@@ -81,38 +102,74 @@ class SamplingBatch:
         """
         if len(params) != len(seeds):
             raise ValueError(f"{len(params)} sampling parameters with {len(seeds)} seeds")
-
-        def on_device(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
-            # Pinned, so that the copy does not wait for what the stream has yet to do.
-            host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-            return host.to(device, non_blocking=True)
-
-        random_rows = [row for row, wish in enumerate(params) if not wish.greedy]
-        random = [params[row] for row in random_rows]
-        top_ks = [vocab_size if p.top_k < 1 else min(p.top_k, vocab_size) for p in random]
-        cut = [
-            index for index, p in enumerate(random) if top_ks[index] < vocab_size or p.top_p < 1.0
-        ]
+        upload = functools.partial(_on_device, device=device)
+        random = [row for row, wish in enumerate(params) if not wish.greedy]
+        random_rows = upload(random, torch.int64) if len(random) < len(params) else None
         flat = [(w.row, token, w.until) for w in withheld for token in w.token_ids]
         return cls(
             num_rows=len(params),
-            random_rows=(
-                on_device(random_rows, torch.int64) if len(random_rows) < len(params) else None
+            random_rows=random_rows,
+            parts=_parts(
+                [params[row] for row in random],
+                [seeds[row] for row in random],
+                random_rows,
+                vocab_size,
+                device,
             ),
-            temperatures=on_device([p.temperature for p in random], torch.float32),
-            top_ks=on_device(top_ks, torch.int64),
-            top_ps=on_device([p.top_p for p in random], torch.float32),
-            min_ps=on_device([p.min_p for p in random], torch.float32),
-            seeds=on_device([seeds[row] for row in random_rows], torch.int64),
-            any_min_p=any(p.min_p > 0 for p in random),
-            cut_rows=on_device(cut, torch.int64) if cut else None,
-            cut_width=max((top_ks[index] for index in cut), default=0),
-            withheld_rows=on_device([row for row, _, _ in flat], torch.int64) if flat else None,
-            withheld_ids=on_device([token for _, token, _ in flat], torch.int64) if flat else None,
-            withheld_until=on_device([until for _, _, until in flat], torch.int64)
-            if flat
-            else None,
+            withheld_rows=upload([row for row, _, _ in flat], torch.int64) if flat else None,
+            withheld_ids=upload([token for _, token, _ in flat], torch.int64) if flat else None,
+            withheld_until=upload([until for _, _, until in flat], torch.int64) if flat else None,
         )
+
+
+def _parts(
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    rows: torch.Tensor | None,
+    vocab_size: int,
+    device: torch.device,
+) -> tuple[RandomRows, ...]:
+    """Of all random rows; `rows` as in SamplingBatch.random_rows."""
+    if not params:
+        return ()
+    upload = functools.partial(_on_device, device=device)
+    step = max(1, _PART_ELEMENTS // vocab_size)
+    spans = [slice(start, start + step) for start in range(0, len(params), step)]
+    widths = [vocab_size if p.top_k < 1 else min(p.top_k, vocab_size) for p in params]
+    is_cut = [k < vocab_size or p.top_p < 1.0 for k, p in zip(widths, params, strict=True)]
+    cuts = [[place for place, cut in enumerate(is_cut[span]) if cut] for span in spans]
+    # One copy of each kind, however many parts there are.
+    temperatures = upload([p.temperature for p in params], torch.float32)
+    top_ks = upload(widths, torch.int64)
+    top_ps = upload([p.top_p for p in params], torch.float32)
+    min_ps = upload([p.min_p for p in params], torch.float32)
+    seed_values = upload(list(seeds), torch.int64)
+    cut_rows = upload([place for cut in cuts for place in cut], torch.int64).split(
+        [len(cut) for cut in cuts]
+    )
+    return tuple(
+        RandomRows(
+            start=span.start,
+            rows=None if rows is None else rows[span],
+            temperatures=temperatures[span],
+            top_ks=top_ks[span],
+            top_ps=top_ps[span],
+            min_ps=min_ps[span],
+            seeds=seed_values[span],
+            any_min_p=any(p.min_p > 0 for p in params[span]),
+            cut_rows=part_cut_rows if cut else None,
+            cut_width=max((widths[span][place] for place in cut), default=0),
+        )
+        for span, cut, part_cut_rows in zip(spans, cuts, cut_rows, strict=True)
+    )
+
+
+def _on_device(
+    values: list[int] | list[float], dtype: torch.dtype, *, device: torch.device
+) -> torch.Tensor:
+    # Pinned, so that the copy does not wait for what the stream has yet to do.
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def sample(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
@@ -130,15 +187,11 @@ def sample(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) 
     logits = _withhold(logits, positions, batch)
     if batch.all_greedy:
         return likeliest(logits)
+    columns = _mix32(torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device))
+    drawn = torch.cat([_draw(logits, positions, part, columns) for part in batch.parts])
     if batch.random_rows is None:
-        return _draw(logits.float(), positions, batch)
-    ids = likeliest(logits)
-    drawn = _draw(
-        logits.index_select(0, batch.random_rows).float(),
-        positions.index_select(0, batch.random_rows),
-        batch,
-    )
-    return ids.index_copy_(0, batch.random_rows, drawn)
+        return drawn
+    return likeliest(logits).index_copy_(0, batch.random_rows, drawn)
 
 
 def likeliest(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,40 +213,38 @@ def _withhold(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatc
     return logits.index_put((rows, ids), masked)
 
 
-def _draw(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Ids [R] i64 for the random rows: logits [R, vocab_size] f32, positions [R] i64."""
-    scaled = logits / batch.temperatures[:, None]
-    floor = _lowest_kept(scaled, batch)
+def _draw(
+    logits: torch.Tensor, positions: torch.Tensor, part: RandomRows, columns: torch.Tensor
+) -> torch.Tensor:
+    """Ids [R] i64 for the part's rows of logits [B, vocab_size] and positions [B] i64.
+
+    columns [vocab_size] i32: mixed token ids.
+    """
+    scaled = part.of(logits).float() / part.temperatures[:, None]
+    floor = _lowest_kept(scaled, part)
     if floor is not None:
         scaled.masked_fill_(scaled < floor[:, None], -torch.inf)
-    rows, vocab_size = scaled.shape
-    keys = _row_keys(batch.seeds, positions)
-    columns = _mix32(torch.arange(vocab_size, dtype=torch.int32, device=logits.device))
-    step = max(1, _NOISE_CHUNK_ELEMENTS // vocab_size)
-    ids = [
-        (scaled[start : start + step] + _gumbel(keys[start : start + step], columns)).argmax(dim=-1)
-        for start in range(0, rows, step)
-    ]
-    return torch.cat(ids)
+    noise = _gumbel(_row_keys(part.seeds, part.of(positions)), columns)
+    return noise.add_(scaled).argmax(dim=-1)
 
 
-def _lowest_kept(scaled: torch.Tensor, batch: SamplingBatch) -> torch.Tensor | None:
+def _lowest_kept(scaled: torch.Tensor, part: RandomRows) -> torch.Tensor | None:
     """The smallest logit that top-k, top-p and min-p leave in each row, [R] f32; None if all stay.
 
     Top-p counts the probabilities that top-k leaves, scaled to a sum of 1, and keeps the fewest
     that reach it. Min-p asks for a share of the largest probability, which no cut changes.
     """
     floor: torch.Tensor | None = None
-    if batch.cut_rows is not None:
+    if part.cut_rows is not None:
         cut = _sorted_cut(
-            scaled.index_select(0, batch.cut_rows),
-            batch.top_ks.index_select(0, batch.cut_rows),
-            batch.top_ps.index_select(0, batch.cut_rows),
-            batch.cut_width,
+            scaled.index_select(0, part.cut_rows),
+            part.top_ks.index_select(0, part.cut_rows),
+            part.top_ps.index_select(0, part.cut_rows),
+            part.cut_width,
         )
-        floor = torch.full_like(batch.temperatures, -torch.inf).index_copy_(0, batch.cut_rows, cut)
-    if batch.any_min_p:
-        by_min_p = scaled.amax(dim=-1) + batch.min_ps.log()
+        floor = torch.full_like(part.temperatures, -torch.inf).index_copy_(0, part.cut_rows, cut)
+    if part.any_min_p:
+        by_min_p = scaled.amax(dim=-1) + part.min_ps.log()
         floor = by_min_p if floor is None else torch.maximum(floor, by_min_p)
     return floor
 
