@@ -6,6 +6,7 @@ batch is what grows in serving: logits, and the activations of long prompts.
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ pytest.importorskip("cuda.core", reason="needs cuda-core (extra: cuda)")
 from drift_scheduler.lane import Phase
 from sglang.srt.model_executor import bring_up as bringing_up
 from sglang.srt.model_executor.bring_up import bring_up
-from sglang.srt.model_executor.warm_up import GREEDY, batch_of
+from sglang.srt.model_executor.warm_up import GREEDY, SORTING, batch_of
 from sglang.srt.observability.driver_memory import driver_allocations
 from sglang.srt.server_args import ServerArgs
 
@@ -79,16 +80,16 @@ def serve(executor):
         share = lanes.table[index]
         for length in lengths:
             launch(lanes.lane(Phase.PREFILL, share), runner, ([length], 0), sliced=True)
-        for count in counts:
-            launch(lanes.lane(Phase.DECODE, share), runner, ([], count), sliced=False)
+        for count, wish in itertools.product(counts, (GREEDY, SORTING)):
+            launch(lanes.lane(Phase.DECODE, share), runner, ([], count), wish)
     whole = lanes.lane(Phase.DECODE, lanes.table.whole)
-    for count in counts:
-        launch(whole, runner, ([int(rng.integers(1, 900))], count), sliced=False)
+    for count, wish in itertools.product(counts, (GREEDY, SORTING)):
+        launch(whole, runner, ([int(rng.integers(1, 900))], count), wish)
 
 
-def launch(lane, runner, shape, *, sliced):
+def launch(lane, runner, shape, wish=GREEDY, *, sliced=False):
     prompts, decode_reqs = shape
-    run = runner.start(batch_of(prompts, decode_reqs, GREEDY, CONTEXT))
+    run = runner.start(batch_of(prompts, decode_reqs, wish, CONTEXT))
     layers = runner.num_layers
     step = 1 if sliced and not run.indivisible else layers
     for first in range(0, layers, step):

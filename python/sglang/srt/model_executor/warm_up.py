@@ -37,8 +37,8 @@ MAX_PINNED_BYTES = 4 << 20
 PROMPT_TOKENS = (17, 64)
 FIRST_ROW = 1
 GREEDY = SamplingParams(temperature=0)
-PLAIN = SamplingParams(temperature=1)
 CUTTING = SamplingParams(temperature=1, top_k=20, top_p=0.9)
+SORTING = SamplingParams(temperature=1, top_p=0.9)  # all logits, which takes the most memory
 
 
 def warm_up(runner: Runner, lanes: LaneProvider, *, num_slots: int, context_length: int) -> None:
@@ -84,11 +84,10 @@ def take_memory(
         return _prompts(min(tokens, num_slots - 1), context_length, max_reqs)
 
     prefill = batch_of(prompts(max_tokens), 0, GREEDY, context_length)
-    # Draws from all of its logits, in copies of its own; graphs have those of the likeliest.
-    decode = batch_of((), max_reqs, PLAIN, context_length)
+    decode = batch_of((), max_reqs, SORTING, context_length)
     launches: list[tuple[Lane, HostBatch]] = []
     if max_step_tokens:
-        fused = batch_of(prompts(max_step_tokens), max_reqs, CUTTING, context_length)
+        fused = batch_of(prompts(max_step_tokens), max_reqs, SORTING, context_length)
         launches.append((lanes.lane(Phase.DECODE, lanes.table.whole), fused))
     for phase, batch in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
         launches += [
