@@ -186,7 +186,13 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="host, each layer that is launched kernel by kernel",
     )
-    machine.add_argument("--noise", type=_not_negative, default=0.0, help="sigma of log times")
+    machine.add_argument(
+        "--noise",
+        type=_not_negative,
+        default=0.0,
+        help="sigma of the logarithm of times of launches that share the device; of others a small "
+        "part of it",
+    )
     machine.add_argument(
         "--route-slack-tokens",
         type=_zero_or_more,

@@ -20,7 +20,6 @@ _MODE_COLOURS = {"decode": _BLUE, "prefill": _ORANGE, "fused": _PURPLE}
 _PHASE_COLOURS = {"decode": _BLUE, "prefill": _ORANGE}
 _LANES = {"prefill": 1.0, "decode": 0.0}  # and its height on the axis
 _LANE_HEIGHT = 0.8
-_TOP_GHZ = 2.2
 # Slack is read around zero, and a first token's is a thousand times another token's.
 _LINEAR_SLACK_MS = 100.0
 
@@ -136,10 +135,11 @@ def _draw_clock(axes: Axes, timeline: Timeline, origin: _Origin) -> list[Artist]
     if not known:
         return []
     clock = axes.twinx()
-    clock.set_ylim(0, _TOP_GHZ)
     clock.set_ylabel("SM clock (GHz)")
     times_s, ghz = zip(*known, strict=True)
-    return list(clock.step(times_s, ghz, where="post", color=_GREY, lw=1, label="clock (right)"))
+    line = clock.step(times_s, ghz, where="post", color=_GREY, lw=1, label="clock (right)")
+    clock.set_ylim(0, 1.1 * max(ghz))
+    return list(line)
 
 
 def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
