@@ -81,7 +81,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--timelines",
         type=Path,
         help="folder that benchmark.policies was given for those of the rows: launches take as "
-        "long as they did in the windows of the workload, not as long as the profile says",
+        "long as they did in the windows of the workload, not as long as the profile says, and "
+        "the host pauses when it did",
     )
     parser.add_argument(
         "--drain-seconds",
@@ -159,12 +160,12 @@ def _simulate(given: argparse.Namespace, windows: Sequence[tuple[Row, Workload]]
         drain_seconds=given.drain_seconds,
     )
     machine = load_machine(given.profile, given.num_layers)
-    times = None
+    seen = None
     if given.timelines is not None:
-        times = seen_in(given.timelines, [row for row, _ in windows], machine)
+        seen = seen_in(given.timelines, [row for row, _ in windows], machine)
     lines: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        simulator = WindowSimulator(machine, host, Path(folder), times)
+        simulator = WindowSimulator(machine, host, Path(folder), seen)
         for row, workload in windows:
             line = simulator.simulate(row, workload)
             append(line, given.out)

@@ -12,12 +12,18 @@ from benchmark.policy_table import Row
 TIE = 0.03
 
 
+# Workload, TBT, rate, and the commit that was measured: another one was run at another time, on
+# another machine maybe, and does not compare.
+_Point = tuple[str, float, float, str]
+
+
 def render(lines: Sequence[Row]) -> str:
     """A table for each point, and what holds for all. Of a window measured twice the last counts
     in the tables."""
-    points: dict[tuple[str, float, float], dict[str, Row]] = {}
+    points: dict[_Point, dict[str, Row]] = {}
     for line in lines:
-        point = line["workload"], line["slo_tbt_ms"], line["rate"]
+        commit = str((line["window"].get("environment") or {}).get("commit", "unknown"))
+        point = line["workload"], line["slo_tbt_ms"], line["rate"], commit
         points.setdefault(point, {})[line["policy"]] = line
     parts = [_table(point, list(by_policy.values())) for point, by_policy in points.items()]
     return "\n\n".join([*parts, summary(lines, [list(rows.values()) for rows in points.values()])])
@@ -55,8 +61,8 @@ def swapped(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return found
 
 
-def _table(point: tuple[str, float, float], rows: Sequence[Row]) -> str:
-    workload, tbt_ms, rate = point
+def _table(point: _Point, rows: Sequence[Row]) -> str:
+    workload, tbt_ms, rate, commit = point
     ranked = sorted(rows, key=_measured, reverse=True)
     by_simulated = sorted(rows, key=_simulated, reverse=True)
     cells = [["policy", "measured", "simulated", "rank", "error", "attainment"]]
@@ -73,7 +79,8 @@ def _table(point: tuple[str, float, float], rows: Sequence[Row]) -> str:
             ]
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    text = [f"{workload}, TBT {tbt_ms:g} ms, {rate:g} requests/s: goodput in requests/s"]
+    load = f"{workload}, TBT {tbt_ms:g} ms, {rate:g} requests/s"
+    text = [f"{load}, commit {commit}: goodput in requests/s"]
     text += [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells

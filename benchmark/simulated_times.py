@@ -1,16 +1,18 @@
-"""How long launches took in measured windows, for simulating those windows.
+"""How long launches took in measured windows, and when the host paused, to simulate those windows.
 
 A profile is measured under steady load. Serving leaves pauses in which a GPU cools and its clock
 rises, and prompts of other content draw other power: launches take some percent less or more than
 the profile says, differently for each workload. A goodput hangs on whether tokens come within a
-limit or just after it, so some percent are much.
+limit or just after it, so some percent are much. A host that stands still for 15 ms once a second
+makes tokens late that the device had in time.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,55 @@ from drift_scheduler.simulation.machine import Machine
 from drift_scheduler.timeline import LaneRun
 from sglang.bench.errors import BenchError
 
+# A host at work notices within this time, in ms, that a launch has ended.
+NOTICED_MS = 4.0
 
-def seen_in(timelines: Path, rows: Sequence[Row], machine: Machine) -> dict[str, Latencies]:
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """latencies: by workload. host_pauses: by the name of a window's timeline."""
+
+    latencies: dict[str, Latencies]
+    host_pauses: dict[str, tuple[Span, ...]]
+
+
+def seen_in(timelines: Path, rows: Sequence[Row], machine: Machine) -> Seen:
     """For each workload the machine's times, corrected by every launch in the windows of its rows.
 
     timelines: the folder that `benchmark.policies --timelines` filled. Raises BenchError if the
     timeline of a row is not there, or is of partitions that the machine's profile does not have.
     """
-    found: dict[str, Latencies] = {}
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        windows = [row for row in rows if row["workload"] == workload]
-        latencies = copy.deepcopy(machine.model)
-        for run in _runs(timelines, windows, machine.table):
-            latencies.observe(run)
-        found[workload] = latencies
-    return found
+    seen = Seen({}, {})
+    # A window that is judged by several TBTs has several rows and one timeline.
+    for workload, name in dict.fromkeys((row["workload"], row.get("timeline")) for row in rows):
+        if name is None:
+            raise BenchError("--timelines: a row was measured without, and names none")
+        timeline = _read(timelines / name)
+        if workload not in seen.latencies:
+            seen.latencies[workload] = copy.deepcopy(machine.model)
+        for run in runs_of(timeline, machine.table):
+            seen.latencies[workload].observe(run)
+        seen.host_pauses[name] = host_pauses(timeline)
+    return seen
+
+
+def host_pauses(timeline: Mapping[str, Any]) -> tuple[Span, ...]:
+    """When launches had ended and nobody noticed, in seconds from the timeline's start.
+
+    Pauses in which none ended do not show.
+    """
+    still = [
+        (run["end_ms"], run["end_ms"] + run["unnoticed_ms"])
+        for run in timeline["runs"]
+        if (run["unnoticed_ms"] or 0.0) > NOTICED_MS
+    ]
+    pauses: list[tuple[float, float]] = []
+    for begin_ms, end_ms in sorted(still):
+        if pauses and begin_ms <= pauses[-1][1]:
+            pauses[-1] = pauses[-1][0], max(end_ms, pauses[-1][1])
+        else:
+            pauses.append((begin_ms, end_ms))
+    return tuple(Span(begin_ms / 1e3, end_ms / 1e3) for begin_ms, end_ms in pauses)
 
 
 def runs_of(timeline: Mapping[str, Any], table: PartitionTable) -> Iterator[LaneRun]:
@@ -60,17 +96,12 @@ def runs_of(timeline: Mapping[str, Any], table: PartitionTable) -> Iterator[Lane
         )
 
 
-def _runs(timelines: Path, rows: Iterable[Row], table: PartitionTable) -> Iterator[LaneRun]:
-    # A window that is judged by several TBTs has several rows and one timeline.
-    for name in dict.fromkeys(row.get("timeline") for row in rows):
-        if name is None:
-            raise BenchError("--timelines: a row was measured without, and names none")
-        path = timelines / name
-        try:
-            timeline = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise BenchError(f"--timelines: {path}: {error}") from error
-        yield from runs_of(timeline, table)
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        timeline: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise BenchError(f"--timelines: {path}: {error}") from error
+    return timeline
 
 
 def _decode(run: Mapping[str, Any]) -> DecodeShape | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from benchmark.policy_plan import Workload
 from benchmark.policy_table import Row
 from benchmark.simulated_load import BLOCK_TOKENS, comparison_of, requests_of
+from benchmark.simulated_times import Seen
 from benchmark.trace_load import TraceLoad
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.latencies import Latencies
@@ -72,8 +73,9 @@ class WindowSimulator:
     A server learns how long its launches take, from the warm-ups too, and takes that from window to
     window, whatever their policies; so rows of one server share what was learnt.
 
-    folder: for traces that are made. times: of launches, by workload; the machine's if left out.
-    What a server knows at its start is the machine's either way.
+    folder: for traces that are made. seen: in the windows of the rows; if left out, launches take
+    as long as the machine's profile says and the host never pauses. What a server knows at its
+    start is the machine's either way.
     """
 
     def __init__(
@@ -81,12 +83,12 @@ class WindowSimulator:
         machine: Machine,
         host: Host,
         folder: Path,
-        times: Mapping[str, Latencies] | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self._machine = machine
         self._host = host
         self._folder = folder
-        self._times = times or {}
+        self._seen = seen
         self._learnt: dict[str, Latencies] = {}
 
     def simulate(self, row: Row, workload: Workload) -> Row:
@@ -117,12 +119,12 @@ class WindowSimulator:
             "goodput_error": relative_error(simulated["goodput"], measured["goodput"]),
             "attainment_error": relative_error(simulated["attainment"], measured["attainment"]),
             "host": dataclasses.asdict(host),
-            "times": "timelines" if row["workload"] in self._times else "profile",
+            "times": "profile" if self._seen is None else "timelines",
         }
 
     def _window(self, row: Row, host: Host) -> Callable[[TraceLoad], Summary]:
         """Runs a load under the row's policy, on an empty cache."""
-        machine = self._machine
+        machine, seen = self._machine, self._seen
         args = _server_args(row)
         self._check_partitions(row)
         prefill_tokens = _prefill_tokens(args)
@@ -131,7 +133,7 @@ class WindowSimulator:
         spec = ClusterSpec(
             replicas=1,
             table=machine.table,
-            model=self._times.get(row["workload"], machine.model),
+            model=seen.latencies[row["workload"]] if seen else machine.model,
             num_layers=machine.num_layers,
             limits=EngineLimits(
                 kv_tokens=args.max_total_tokens or host.kv_tokens,
@@ -144,6 +146,7 @@ class WindowSimulator:
             ),
             noise_sigma=host.noise,
             seed=row["seed"],
+            host_pauses=seen.host_pauses[row["timeline"]] if seen else (),
         )
         try:
             policies.make(row["policy"])

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from drift_scheduler.lane import Phase
+from drift_scheduler.lane import Phase, Span
 from drift_scheduler.partition import PartitionTable
 from drift_scheduler.policies.latency_model import LatencyModel
 from drift_scheduler.simulation.engine import EngineLimits
@@ -32,7 +32,8 @@ class SimulationStuckError(RuntimeError):
 class ClusterSpec:
     """What is simulated. model: of the times that launches take. route_slack_tokens: see Router.
 
-    noise_sigma: see Noise; each replica draws its own, from the seed.
+    noise_sigma: see Noise; each replica draws its own, from the seed. host_pauses: when no host
+    does anything, though its device does; one behind the other.
     """
 
     replicas: int
@@ -43,6 +44,7 @@ class ClusterSpec:
     route_slack_tokens: int = 16384
     noise_sigma: float = 0.0
     seed: int = 0
+    host_pauses: tuple[Span, ...] = ()
 
 
 class Cluster:
@@ -65,6 +67,7 @@ class Cluster:
                 self.ledger,
                 cached=functools.partial(self._router.cached, index),
                 evicted=functools.partial(self._router.evicted, index),
+                host_pauses=spec.host_pauses,
             )
             for index in range(spec.replicas)
         ]

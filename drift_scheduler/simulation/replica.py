@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from drift_scheduler.dispatcher import Dispatcher
 from drift_scheduler.gang import Gang
+from drift_scheduler.lane import Span
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import PartitionTable
 from drift_scheduler.simulation.engine import EngineLimits, Listener, SimEngine
@@ -34,7 +36,8 @@ class Driver(NamedTuple):
 
 
 class Replica:
-    """cached, evicted: called with each prefix block that comes or goes."""
+    """cached, evicted: called with each prefix block that comes or goes. host_pauses: see
+    ClusterSpec."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Replica:
         *,
         cached: Callable[[int], None],
         evicted: Callable[[int], None],
+        host_pauses: Sequence[Span] = (),
     ) -> None:
         self._clock = VirtualClock()
         self._lanes = VirtualLanes(table, self._clock)
@@ -60,6 +64,8 @@ class Replica:
             self._clock,
             driver.observe,
         )
+        self._host_pauses = host_pauses
+        self._pauses_begin_s = [pause.start_s for pause in host_pauses]
         self.next_s = math.inf
         """When it is to be woken; infinity if nothing will happen of itself."""
 
@@ -79,7 +85,11 @@ class Replica:
         self._turn()
 
     def _advance_to(self, now_s: float) -> None:
-        self._clock.advance_to(max(now_s, self._clock.now_s))
+        now_s = max(now_s, self._clock.now_s)
+        begun = bisect_right(self._pauses_begin_s, now_s)
+        if begun:
+            now_s = max(now_s, self._host_pauses[begun - 1].end_s)
+        self._clock.advance_to(now_s)
 
     def _turn(self) -> None:
         gang = self._gang

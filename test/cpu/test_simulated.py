@@ -19,7 +19,7 @@ from benchmark.simulated_load import (
     requests_of,
 )
 from benchmark.simulated_table import render, swapped
-from benchmark.simulated_times import runs_of
+from benchmark.simulated_times import host_pauses, runs_of
 from benchmark.simulated_window import server_count
 from benchmark.trace_load import TraceLoad
 from drift_scheduler.lane import Phase, Span
@@ -258,6 +258,27 @@ def test_launches_take_as_long_as_they_did_in_the_windows(row, simulate, profile
     assert ratio == pytest.approx(2.0, rel=0.1)
 
 
+def test_the_host_pauses_when_it_did(row, simulate, profile, tmp_path):
+    machine = load_machine(profile)
+    calm = slow_decode(machine, 1.0)
+    paused = json.loads(json.dumps(calm))
+    for place, run in enumerate(paused["runs"]):
+        run["end_ms"], run["unnoticed_ms"] = 100.0 * place, 60.0
+    for name, timeline in (("calm.json", calm), ("paused.json", paused)):
+        (tmp_path / name).write_text(json.dumps(timeline))
+    rows = [row | {"policy": "turns", "timeline": name} for name in ("calm.json", "paused.json")]
+    _, lines = simulate(rows, "--noise", "0", "--timelines", str(tmp_path))
+    quiet, busy = (line["simulated"]["tbt_p99_ms"] for line in lines)
+    assert busy > 60.0 > quiet
+
+
+def test_pauses_are_where_ends_went_unnoticed_for_long():
+    late = [(10.0, 3.0), (20.0, 15.0), (50.0, 5.0), (30.0, 9.0)]
+    runs = [{"end_ms": end_ms, "unnoticed_ms": late_ms} for end_ms, late_ms in late]
+    pauses = host_pauses({"runs": runs})
+    assert [(pause.start_s, pause.end_s) for pause in pauses] == [(0.020, 0.039), (0.050, 0.055)]
+
+
 def test_a_timeline_is_read_as_it_was_lived(profile):
     table = load_machine(profile).table
     split = table[1]
@@ -358,8 +379,9 @@ def test_flags_are_checked(capsys):
         assert flag in capsys.readouterr().err
 
 
-def _line(policy, measured, simulated, rate=1.0):
+def _line(policy, measured, simulated, rate=1.0, commit="c"):
     return {
+        "window": {"environment": {"commit": commit}},
         "policy": policy,
         "workload": "w",
         "slo_tbt_ms": 50.0,
@@ -391,6 +413,12 @@ def test_the_table_says_how_far_apart_and_where_the_ranking_differs():
     assert "same ranking at 1 of 2 points" in text
     assert "ranking differs: b is not above a" in text
     assert "b       2.000     0.900      1 -> 2  -55.0%" in text
+
+
+def test_windows_of_different_commits_are_not_ranked_among_each_other():
+    text = render([_line("a", 2.0, 1.0), _line("b", 1.0, 2.0, commit="d"), _line("c", 0.5, 0.5)])
+    assert "1 requests/s, commit d: goodput" in text
+    assert "same ranking at 1 of 1 points" in text
 
 
 def test_the_servers_own_count_is_of_this_window():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drift_scheduler.dispatcher import Admission, Forecast, Plan
-from drift_scheduler.lane import Phase
+from drift_scheduler.lane import Phase, Span
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.factory import PolicyFactory
@@ -116,7 +116,15 @@ def policy(text: str, **options):
 class Bench:
     """One replica; requests are given names."""
 
-    def __init__(self, dispatcher, *, slo: Slo = Slo(), noise: Noise | None = None, **limits):  # noqa: B008
+    def __init__(
+        self,
+        dispatcher,
+        *,
+        slo: Slo = Slo(),  # noqa: B008
+        noise: Noise | None = None,
+        host_pauses=(),
+        **limits,
+    ):
         self.heard = Recorder()
         self.cached: list[int] = []
         self.evicted: list[int] = []
@@ -130,6 +138,7 @@ class Bench:
             self.heard,
             cached=self.cached.append,
             evicted=self.evicted.append,
+            host_pauses=host_pauses,
         )
 
     @property
@@ -181,6 +190,25 @@ def test_the_host_takes_its_time_for_each_launch():
     # The first token is sent when the step behind it is launched, and the second at once.
     assert heard.done["a"].seen.ttft_s == pytest.approx(0.104)
     assert heard.gaps_s == pytest.approx([0.011])
+
+
+def test_in_a_pause_the_host_does_nothing_and_the_device_goes_on():
+    pauses = Span(0.050, 0.090), Span(0.105, 0.130), Span(0.200, 0.300)
+    bench = Bench(policy("turns"), host_pauses=pauses)
+    bench.ask("a", 100, 4)
+    heard = bench.finish()
+    # The prompt ends at 100 ms, behind the first pause; steps of 11 ms follow, of which two are in
+    # flight. The first of them ends within the second pause, and so does the next one.
+    assert heard.done["a"].pace.ttft_s == pytest.approx(0.100)
+    assert heard.gaps_s == pytest.approx([0.030, 0.0, 0.011])
+    steps = [run.span for run in bench.runs if run.phase is Phase.DECODE]
+    assert [span.start_s for span in steps] == pytest.approx([0.100, 0.111, 0.130])
+
+
+def test_who_comes_in_a_pause_waits_for_its_end():
+    bench = Bench(policy("turns"), host_pauses=(Span(0.010, 0.025),))
+    bench.ask("a", 100, 1, at_s=0.010)
+    assert bench.finish().done["a"].pace.first_s == pytest.approx(0.125)
 
 
 def test_layers_without_a_graph_keep_the_host_while_they_run():
