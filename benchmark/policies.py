@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmark.arguments import not_negative, positive, workload
 from benchmark.command_line import command_line
+from benchmark.host_pauses import HostWatch
 from benchmark.policy_plan import Comparison
 from benchmark.policy_run import Run, ServedModel, Target, server_flags
 from benchmark.policy_table import Row, render
@@ -148,12 +149,13 @@ def _measure(
         return servers[-1]
 
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, HostWatch() as host:
         run = Run(
             comparison,
             start,
             Path(folder),
             origin,
+            host,
             timelines=given.timelines,
             budget_s=budget_s,
         )

@@ -14,6 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from benchmark.host_pauses import Pauses
 from benchmark.policy_plan import Comparison, Point, Window, dropped_lines
 from benchmark.policy_table import Row
 from benchmark.server_process import ServerError, ServerProcess
@@ -73,6 +76,12 @@ class Target(Protocol):
     def last_words(self) -> str: ...
 
 
+class Host(Protocol):
+    """The machine under server and client: see HostWatch."""
+
+    def take(self) -> Pauses | None: ...
+
+
 class ServedModel:
     """The Target behind ServerProcess: a server that is ready when the constructor returns."""
 
@@ -128,8 +137,9 @@ def server_flags(model: Path, given: Sequence[str]) -> list[str]:
 class Run:
     """Windows in order; a server that has died is replaced, and the rows say so.
 
-    start: a new server. clock: seconds, for the budget. origin: what every row says.
-    folder: for traces that are made. timelines: folder for what the lanes did in each window.
+    start: a new server. clock: seconds, for the budget. origin: what every row says. host: asked
+    how it did in each window. folder: for traces that are made. timelines: folder for what the
+    lanes did in each window.
     """
 
     def __init__(
@@ -138,6 +148,7 @@ class Run:
         start: Callable[[], Target],
         folder: Path,
         origin: Row,
+        host: Host,
         *,
         timelines: Path | None = None,
         budget_s: float | None = None,
@@ -147,6 +158,7 @@ class Run:
         self._start = start
         self._folder = folder
         self._origin = origin
+        self._host = host
         self._timelines = timelines
         self._budget_s = budget_s
         self._clock = clock
@@ -213,10 +225,14 @@ class Run:
             target.bench(warm_up, warm_up.seconds + comparison.drain_seconds)
         load = comparison.load(point, asked_ms, self._folder)
         before = target.state()
+        self._host.take()
         result = target.bench(load, load.seconds + comparison.drain_seconds)
+        pauses = self._host.take()
         seen = measured(load, result, before, target.state())
         timeline = target.timeline(result["duration"])
         seen["sm_clock_mhz"] = clock_mhz(timeline)
+        seen["noticed_late_ms"] = noticed_late_ms(timeline)
+        seen["host_pauses"] = None if pauses is None else pauses.to_json()
         if self._timelines is not None:
             seen["timeline"] = self._keep_timeline(timeline, result, f"{window} {point}")
         return {
@@ -237,6 +253,19 @@ def clock_mhz(timeline: dict[str, Any]) -> float | None:
     """The median of a timeline's SM clocks; None if the server knew none."""
     known = [mhz for sample in timeline["samples"] if (mhz := sample["sm_clock_mhz"]) is not None]
     return statistics.median(known) if known else None
+
+
+def noticed_late_ms(timeline: dict[str, Any]) -> dict[str, float] | None:
+    """How long launches were over before the server noticed; None without any.
+
+    Far beyond a launch's own time it says that something held up the server's loop: host_pauses
+    in the same row tell whether that was the machine.
+    """
+    late = [run["unnoticed_ms"] for run in timeline["runs"] if run["unnoticed_ms"] is not None]
+    if not late:
+        return None
+    p50, p99, longest = np.percentile(late, [50, 99, 100]).tolist()
+    return {"p50": p50, "p99": p99, "longest": longest}
 
 
 def judged(load: TraceLoad, result: dict[str, Any]) -> Row:

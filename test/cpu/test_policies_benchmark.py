@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.host_pauses import Pauses
 from benchmark.policies import main, parse
 from benchmark.policy_plan import START_S, WINDOW_OVERHEAD_S, Comparison, Point, Workload
-from benchmark.policy_run import Run, clock_mhz, judged, measured
+from benchmark.policy_run import Run, clock_mhz, judged, measured, noticed_late_ms
 from benchmark.policy_table import margin, render
 from benchmark.server_process import ServerError
 from benchmark.trace_load import LaneUse, LoadError, TraceLoad, run_bench
@@ -115,7 +116,8 @@ class FakeTarget:
 
     def timeline(self, seconds):
         samples = [{"sm_clock_mhz": mhz} for mhz in (1980.0, None, 1410.0, 1500.0)]
-        return {"seconds": seconds, "policy": self.policy, "samples": samples}
+        runs = [{"unnoticed_ms": 0.1}] * 98 + [{"unnoticed_ms": late} for late in (9.0, 17.0)]
+        return {"seconds": seconds, "policy": self.policy, "samples": samples, "runs": runs}
 
     def last_words(self):
         return "out of memory"
@@ -127,6 +129,18 @@ class FakeTarget:
             raise LoadError("connection refused")
         if error is not None:
             raise error
+
+
+class FakeHost:
+    """Answers in turn as before a window and after it."""
+
+    def __init__(self, answers=None):
+        self.answers = itertools.cycle([Pauses([1.0]), Pauses([0.006, 0.02])])
+        if answers is not None:
+            self.answers = iter(answers)
+
+    def take(self):
+        return next(self.answers)
 
 
 class TestPlan:
@@ -219,7 +233,8 @@ def rows_of(comparison, tmp_path, target, **options):
         replacements.append(FakeTarget(log))
         return replacements[-1]
 
-    run = Run(comparison, start, tmp_path, {"model": "m"}, **options)
+    host = options.pop("host", None) or FakeHost()
+    run = Run(comparison, start, tmp_path, {"model": "m"}, host, **options)
     return list(run.rows(target)), replacements
 
 
@@ -239,6 +254,21 @@ class TestRun:
         rows, _ = rows_of(comparison, tmp_path, FakeTarget([]))
         assert {row["sm_clock_mhz"] for row in rows} == {1500.0}
         assert clock_mhz({"samples": [{"sm_clock_mhz": None}]}) is None
+
+    def test_what_held_the_server_up_is_told_apart(self, comparison, tmp_path):
+        rows, _ = rows_of(comparison, tmp_path, FakeTarget([]))
+        for row in rows:
+            assert row["host_pauses"] == Pauses([0.006, 0.02]).to_json()
+            late = row["noticed_late_ms"]
+            assert (late["p50"], late["longest"]) == (0.1, 17.0)
+            assert 9.0 < late["p99"] < 17.0
+        assert noticed_late_ms({"runs": []}) is None
+
+    def test_a_host_that_says_nothing_costs_no_window(self, comparison, tmp_path):
+        host = FakeHost(itertools.repeat(None))
+        rows, _ = rows_of(comparison, tmp_path, FakeTarget([]), host=host)
+        assert len(rows) == 12
+        assert all("error" not in row and row["host_pauses"] is None for row in rows)
 
     def test_windows_switch_warm_up_and_measure(self, comparison, tmp_path):
         log = []
