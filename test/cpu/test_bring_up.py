@@ -16,7 +16,7 @@ from drift_scheduler.policies.chunked import Chunked
 from drift_scheduler.policies.take_turns import TakeTurns
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.bring_up import bring_up, make_lanes, make_policies
-from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, take_memory, warm_up
+from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, SHARES, take_memory, warm_up
 from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import ServerArgs
@@ -278,13 +278,13 @@ def take(executor, free_bytes=lambda: 80 << 30, **changes):
 
 
 @needs_two_cores
-def test_the_largest_batches_run_once_on_every_lane(start):
+def test_the_largest_batches_and_parts_of_them_run_on_every_lane(start):
     executor = start(enable_pdmux=True, pd_multiplex_policy="table", sm_group_num=3)
     lanes, last = executor.lanes, executor.runner.num_layers
     shares = [lanes.table[index] for index in range(len(lanes.table))]
     assert len(shares) == 2
     seen = take(executor)
-    assert [(lane, first, end) for lane, first, end, _ in seen] == [
+    a_round = [
         (lanes.lane(Phase.DECODE, lanes.table.whole), 0, last),
         *(
             (lanes.lane(Phase.PREFILL, share), *ends)
@@ -293,11 +293,17 @@ def test_the_largest_batches_run_once_on_every_lane(start):
         ),
         *((lanes.lane(Phase.DECODE, share), 0, last) for share in shares),
     ]
-    fused, prefill, decode = seen[0][3], seen[1][3], seen[-1][3]
-    assert (fused.decode_reqs, len(fused.input_ids)) == (6, 50)
-    assert (prefill.decode_reqs, len(prefill.input_ids)) == (0, 200)
-    assert (decode.decode_reqs, len(decode.input_ids)) == (6, 0)
-    assert decode.is_decode
+    assert [launch[:3] for launch in seen] == a_round * len(SHARES)
+    batches = [batch for *_, batch in seen]
+    rounds = [batches[i : i + len(a_round)] for i in range(0, len(batches), len(a_round))]
+    sizes = [
+        [(batch.decode_reqs, len(batch.input_ids)) for batch in (one[0], one[1], one[-1])]
+        for one in rounds
+    ]
+    assert sizes[0] == [(6, 50), (0, 200), (6, 0)]
+    assert sizes[1] == [(6, 44), (0, 175), (6, 0)]
+    assert sizes[-1] == [(1, 7), (0, 25), (1, 0)]
+    assert all(one[-1].is_decode for one in rounds)
     keys, _ = executor.kv_pool.layer(0)
     assert keys[0].isfinite().all()
 

@@ -1,4 +1,6 @@
-"""Once the largest batches have run, no batch of any size makes the host ask the driver for memory.
+"""Once the largest batches and parts of them have run, no batch of any size needs more memory.
+
+To ask the driver for it makes the host wait for lanes at work.
 
 An engine of a small model with a large vocabulary and wide layers, so that what grows with a
 batch is what grows in serving: logits, and the activations of long prompts.

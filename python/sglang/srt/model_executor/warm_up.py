@@ -6,14 +6,15 @@ libraries compile or tune on first use; all of them keep the result on disk for 
 Memory comes from the driver in blocks that each stream keeps for its next batches; so does pinned
 host memory, in blocks of every power of two. To ask for one while lanes are at work makes the host
 wait until they are done: decode steps included, which come late then. So the largest batches run
-once on every lane, before there is anything to wait for.
+once on every lane, and then parts of them, before there is anything to wait for.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 LIMIT_S = 900.0  # a cold FlashInfer takes minutes
 # Left to libraries that take memory of their own, and to batches of other shapes.
 ROOM_BYTES = 2 << 30
+# Of the largest batches. A smaller one splits the blocks of a larger one, and not always so that
+# all of its own fit.
+SHARES = tuple(eighths / 8 for eighths in range(8, 0, -1))
 # Pinned blocks of one size that batches in flight may hold, and the size of the largest: what the
 # longest prompts enter in the slot table.
 PINNED_BLOCKS = 8
@@ -73,27 +77,31 @@ def take_memory(
     num_slots: int,
     context_length: int,
 ) -> None:
-    """Runs the largest batches on idle lanes, as long as there is room; slots and rows as warm_up.
+    """Runs the largest batches on idle lanes, and SHARES of them, as long as there is room; slots
+    and rows as warm_up.
 
     max_tokens, max_reqs: of a batch that prefills, and that decodes. max_step_tokens: of prompts
     that ride in a decode step; 0 if none do.
     """
     started_s = time.perf_counter()
 
-    def prompts(tokens: int) -> list[int]:
-        return _prompts(min(tokens, num_slots - 1), context_length, max_reqs)
+    def prompts(tokens: float) -> list[int]:
+        return _prompts(min(math.ceil(tokens), num_slots - 1), context_length, max_reqs)
 
-    prefill = batch_of(prompts(max_tokens), 0, GREEDY, context_length)
-    decode = batch_of((), max_reqs, SORTING, context_length)
-    launches: list[tuple[Lane, HostBatch]] = []
-    if max_step_tokens:
-        fused = batch_of(prompts(max_step_tokens), max_reqs, SORTING, context_length)
-        launches.append((lanes.lane(Phase.DECODE, lanes.table.whole), fused))
-    for phase, batch in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
-        launches += [
-            (lanes.lane(phase, lanes.table[index]), batch) for index in range(len(lanes.table))
-        ]
-    for lane, batch in launches:
+    def launches() -> Iterator[tuple[Lane, HostBatch]]:
+        for share in SHARES:
+            reqs = math.ceil(share * max_reqs)
+            prefill = batch_of(prompts(share * max_tokens), 0, GREEDY, context_length)
+            decode = batch_of((), reqs, SORTING, context_length)
+            if max_step_tokens:
+                riding = prompts(share * max_step_tokens)
+                fused = batch_of(riding, reqs, SORTING, context_length)
+                yield lanes.lane(Phase.DECODE, lanes.table.whole), fused
+            for phase, batch in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
+                for index in range(len(lanes.table)):
+                    yield lanes.lane(phase, lanes.table[index]), batch
+
+    for lane, batch in launches():
         if free_bytes() < ROOM_BYTES:
             logger.warning(
                 "Less than %.1f GB of memory is left before the %s lane of %s has run: launches "
