@@ -53,6 +53,9 @@ JUDGED_DETAILS = ("input_lens", "cached_tokens", "ttfts", "itl_p99s_ms", "errors
 class Target(Protocol):
     """A server whose policy can be changed while it runs."""
 
+    ready_s: float
+    """How long its start took."""
+
     @property
     def running(self) -> bool: ...
 
@@ -205,6 +208,7 @@ class Run:
             "max_input_len": comparison.max_input_len,
             "seed": comparison.seed,
             "server": self._servers,
+            "ready_s": target.ready_s,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             **self._origin,
         }

@@ -93,6 +93,7 @@ class FakeTarget:
     def __init__(self, log, fails=None):
         self.log = log
         self.fails = fails or {}
+        self.ready_s = 30.0
         self.running = True
         self.policy = None
 
@@ -284,6 +285,7 @@ class TestRun:
         assert all("error" not in row and row["server"] == 1 for row in rows)
         assert rows[0]["model"] == "m"
         assert rows[0]["drain_seconds"] == 30.0
+        assert rows[0]["ready_s"] == 30.0
 
     def test_rows_of_one_window_differ_in_what_they_are_judged_by(self, comparison, tmp_path):
         rows, _ = rows_of(comparison, tmp_path, FakeTarget([]))
