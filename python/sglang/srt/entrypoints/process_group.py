@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -70,6 +71,30 @@ class _Child(msgspec.Struct, eq=False):
     pipe: Connection
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """SIGINT and SIGTERM come at its end, and a process that is started begins with both blocked.
+
+    Only for the main thread, whose handlers run whichever thread the kernel has chosen: to block a
+    signal there is not enough.
+    """
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    for number, handler in handlers.items():
+        if handler is not None:  # else not Python's to restore
+            signal.signal(number, lambda number, frame: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 class ProcessGroup:
     """Starts and ends the children. Start it from the main thread: a child's link to its
     parent is a link to the thread that started it."""
@@ -87,13 +112,10 @@ class ProcessGroup:
                 target=_child, args=(spec, theirs, os.getpid()), name=spec.name, daemon=True
             )
             # A child that is being handed its work would find half of it if we left now.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-            try:
+            with undisturbed():
                 process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-            theirs.close()
-            self._children.append(_Child(spec.name, process, ours))
+                theirs.close()
+                self._children.append(_Child(spec.name, process, ours))
 
     def wait_ready(self, timeout_s: float | None = None) -> dict[str, dict[str, Any]]:
         """The info of each child by name, once all are ready. Raises StartFailed."""
