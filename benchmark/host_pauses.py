@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 SLEEP_S = 1e-3
 # A sleep that is later than this is a pause: schedulers and timers alone are not.
@@ -81,17 +80,6 @@ class HostWatch:
         self._process.join(ANSWER_LIMIT_S)
         if self._process.is_alive():
             self._process.kill()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _answer(pipe: Connection[Any, Any]) -> None:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def _measure(
         return servers[-1]
 
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, HostWatch() as host:
+    with tempfile.TemporaryDirectory() as folder, closing(HostWatch()) as host:
         run = Run(
             comparison,
             start,

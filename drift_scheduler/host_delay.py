@@ -9,8 +9,8 @@ from __future__ import annotations
 
 OVER = 0.003
 """So many of the steps are delayed by more than the allowance. Requests are judged by the 99th
-percentile of their own gaps, one by one: with as many as one step in a hundred delayed, half of
-them would have more than that, and delays come in clusters."""
+percentile of their own gaps, one by one: with as many as one step in a hundred delayed, many of
+them would have more than that, for delays come in clusters."""
 START_S = 1.5e-3
 # What the processes between the engine and the client take is not seen here.
 LEAST_S = 1e-3

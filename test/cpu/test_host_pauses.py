@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import closing
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_time_between_two_sleeps_counts_too():
 
 
 def test_the_process_answers_until_it_is_closed():
-    with HostWatch() as host:
+    with closing(HostWatch()) as host:
         first = host.take()
         assert isinstance(first, Pauses)
         assert all(late_s > PAUSE_S for late_s in first.late_s)
