@@ -34,6 +34,10 @@ ROOM_BYTES = 2 << 30
 # Of the largest batches. A smaller one splits the blocks of a larger one, and not always so that
 # all of its own fit.
 SHARES = tuple(eighths / 8 for eighths in range(8, 0, -1))
+# What a stream keeps for tensors of at most SMALL_BYTES, which the allocator puts into blocks of
+# their own. How many it needs hangs on which of them live side by side, not on a batch's size.
+SMALL_BYTES = 1 << 20
+SMALL_TENSORS = 16
 # Pinned blocks of one size that batches in flight may hold, and the size of the largest: what the
 # longest prompts enter in the slot table.
 PINNED_BLOCKS = 8
@@ -85,19 +89,27 @@ def take_memory(
     """
     started_s = time.perf_counter()
 
-    def prompts(tokens: float) -> list[int]:
-        return _prompts(min(math.ceil(tokens), num_slots - 1), context_length, max_reqs)
+    def prompts(tokens: float, at_least: int = 1) -> list[int]:
+        count = min(math.ceil(tokens), num_slots - 1)
+        longest = min(context_length - 1, max(1, count // at_least))
+        return _prompts(count, longest, max_reqs)
 
     def launches() -> Iterator[tuple[Lane, HostBatch]]:
         for share in SHARES:
             reqs = math.ceil(share * max_reqs)
-            prefill = batch_of(prompts(share * max_tokens), 0, GREEDY, context_length)
+            # Long prompts fill the slot table, many of them the logits.
+            long = batch_of(prompts(share * max_tokens), 0, GREEDY, context_length)
+            many = batch_of(prompts(share * max_tokens, reqs), 0, SORTING, context_length)
             decode = batch_of((), reqs, SORTING, context_length)
             if max_step_tokens:
                 riding = prompts(share * max_step_tokens)
                 fused = batch_of(riding, reqs, SORTING, context_length)
                 yield lanes.lane(Phase.DECODE, lanes.table.whole), fused
-            for phase, batch in ((Phase.PREFILL, prefill), (Phase.DECODE, decode)):
+            for phase, batch in (
+                (Phase.PREFILL, long),
+                (Phase.PREFILL, many),
+                (Phase.DECODE, decode),
+            ):
                 for index in range(len(lanes.table)):
                     yield lanes.lane(phase, lanes.table[index]), batch
 
@@ -112,11 +124,21 @@ def take_memory(
             )
             break
         _run_ends(runner, lane, batch)
+    for phase in Phase:
+        for index in range(len(lanes.table)):
+            lanes.lane(phase, lanes.table[index]).launch(_hold_small_tensors).wait(LIMIT_S)
     logger.info(
         "Ran the largest batches in %.1f s; %.1f GB of memory is left",
         time.perf_counter() - started_s,
         free_bytes() / 1e9,
     )
+
+
+def _hold_small_tensors() -> None:
+    """As work of a lane: torch keeps their blocks for its stream."""
+    sizes = [SMALL_BYTES] * SMALL_TENSORS
+    held = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+    del held
 
 
 def take_pinned_memory() -> None:
@@ -140,9 +162,8 @@ def _run_ends(runner: Runner, lane: Lane, batch: HostBatch) -> None:
         lane.launch(run.slice_work(lane, first, last)).wait(LIMIT_S)
 
 
-def _prompts(tokens: int, context_length: int, max_prompts: int) -> list[int]:
+def _prompts(tokens: int, longest: int, max_prompts: int) -> list[int]:
     """Lengths of as few prompts as have so many tokens."""
-    longest = context_length - 1
     lengths = [longest] * (tokens // longest)
     if rest := tokens % longest:
         lengths.append(rest)
