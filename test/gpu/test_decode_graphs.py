@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from drift_scheduler.lane import Phase
 from sglang.srt.layers.attention.triton_backend import TritonAttention
 from sglang.srt.layers.matmul.base import TorchMatmul
+from sglang.srt.layers.penalties import IN_PROMPT, History
+from sglang.srt.logprobs import LogprobWish
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
@@ -100,14 +103,16 @@ def graphs(runner, lanes):
     return graphs
 
 
-def decode_batch(lengths: list[int]) -> HostBatch:
+def decode_batch(
+    lengths: list[int], logprobs: LogprobWish | None = None, temperature: float = 0
+) -> HostBatch:
     """One step of requests whose slots are a fixed shuffle; positions follow from the lengths."""
     count = len(lengths)
     slots = np.random.default_rng(7).permutation(np.arange(1, MAX_REQS * CONTEXT))
     per_row = [slots[i * 400 : i * 400 + length] for i, length in enumerate(lengths)]
     rows = np.arange(1, count + 1)
     table_index = [row * CONTEXT + np.arange(len(s)) for row, s in zip(rows, per_row, strict=True)]
-    sampling = SamplingParams(temperature=0)
+    sampling = SamplingParams(temperature=temperature)
     return HostBatch(
         decode_reqs=count,
         input_ids=np.empty(0, dtype=np.int64),
@@ -118,7 +123,7 @@ def decode_batch(lengths: list[int]) -> HostBatch:
         new_lens=np.ones(count, dtype=np.int64),
         table_index=np.concatenate(table_index),
         table_slots=np.concatenate(per_row),
-        samples=tuple(SampleWish(sampling, seed=i) for i in range(count)),
+        samples=tuple(SampleWish(sampling, seed=i, logprobs=logprobs) for i in range(count)),
         sample_tokens=np.arange(count),
         sample_rows=rows,
     )
@@ -143,6 +148,101 @@ def test_graphs_agree_with_eager_steps_on_every_lane(runner, graphs, lanes, leng
         eager = step(runner, lane, lengths)
         runner.use_graphs(graphs)
         assert step(runner, lane, lengths) == eager, str(lane.partition)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_log_probabilities_of_a_graphed_step_are_those_of_an_eager_one(
+    runner, graphs, lanes, temperature
+):
+    wish = LogprobWish(top=3, token_ids=[5, 900])
+    for index in range(len(lanes.table)):
+        lane = lanes.lane(Phase.DECODE, lanes.table[index])
+        told = []
+        for used in (None, graphs):
+            runner.graphs = used
+            with torch.inference_mode():
+                runner.relay.copy_(torch.arange(len(runner.relay)) * 37 % 1000)
+            torch.cuda.synchronize()
+            run = runner.start(decode_batch([300, 7, 64], wish, temperature))
+            lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
+            told.append((run.tokens(), run.scores().samples))
+        (tokens, eager), (same_tokens, graphed) = told
+        assert tokens == same_tokens
+        assert eager.keys() == graphed.keys() == {0, 1, 2}
+        for place, scores in eager.items():
+            for ours, theirs in zip(graphed[place], scores, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-4)
+            if temperature == 0:
+                assert scores.top_ids[0, 0] == tokens[place]
+                assert scores.chosen[0] == pytest.approx(scores.top_values[0, 0])
+
+
+def write_lines(runner, lane, histories):
+    """As the launches do that fill the prompts."""
+    for history in histories:
+        runner.penalties.take(history.owner)
+        lane.launch(lambda history=history: runner.penalties.begin(history)).wait(LIMIT_S)
+
+
+def test_penalties_count_what_graphed_steps_choose(runner, graphs, lanes):
+    """Three steps one behind the other, of rows of which every second is penalised."""
+    lane = lanes.lane(Phase.DECODE, lanes.table.whole)
+    plain = SamplingParams(temperature=0)
+    penalised = SamplingParams(
+        temperature=0, frequency_penalty=2.0, repetition_penalty=1.5, logit_bias={17: 0.5}
+    )
+    prompt = np.arange(40, 90)
+    told = []
+    for used in (None, graphs):
+        runner.graphs = used
+        wishes = tuple(SampleWish((plain, penalised)[i % 2], seed=i) for i in range(4))
+        histories = [History(wish, prompt, np.array([17, 17])) for wish in wishes[1::2]]
+        write_lines(runner, lane, histories)
+        with torch.inference_mode():
+            runner.relay.copy_(torch.arange(len(runner.relay)) * 37 % 1000)
+        torch.cuda.synchronize()
+        runs = []
+        for step in range(3):
+            batch = decode_batch([100 + step, 7 + step, 64 + step, 30 + step])
+            run = runner.start(dataclasses.replace(batch, samples=wishes))
+            runs.append((run, lane.launch(run.slice_work(lane, 0, runner.num_layers))))
+        for _, ticket in runs:
+            ticket.wait(LIMIT_S)
+        told.append([run.tokens() for run, _ in runs])
+        [rows] = runner.penalties.rows_of(wishes, [wish.sampling for wish in wishes])
+        times = rows.counts[rows.lines] & (IN_PROMPT - 1)
+        assert times.sum(dim=1).tolist() == [2 + 3] * 2
+        for row, place in enumerate((1, 3)):
+            for tokens in told[-1]:
+                assert times[row, tokens[place]] > 0
+        for wish in wishes:
+            runner.forget(wish)
+        assert runner.penalties.num_blocks == 0
+    assert told[0] == told[1]
+
+
+def test_log_probabilities_arrive_in_pinned_memory_with_those_of_a_prompt(runner, lanes, device):
+    """Prompt parts of an eager launch, in small pieces and in one, against torch's own softmax."""
+    from sglang.srt.layers.logprobs import prompt_scores
+
+    vocab_size = runner.model.config.vocab_size
+    logits = torch.randn(40, vocab_size, device=device, dtype=torch.bfloat16)
+    next_ids = np.random.default_rng(1).integers(0, vocab_size, 30)
+    wish = LogprobWish(top=4, token_ids=[1, 2, 3])
+    packed = prompt_scores(
+        lambda tokens: logits[tokens], 5, next_ids, wish, vocab_size, torch.device(device)
+    )
+    torch.cuda.synchronize()
+    assert packed.rows.is_pinned()
+    scores = packed.of(0, 30, wish)
+    expected = logits[5:35].double().log_softmax(-1).cpu()
+    np.testing.assert_allclose(
+        scores.chosen, expected[torch.arange(30), torch.from_numpy(next_ids)], atol=1e-4
+    )
+    np.testing.assert_allclose(scores.listed, expected[:, [1, 2, 3]], atol=1e-4)
+    np.testing.assert_allclose(scores.top_values, expected.topk(4).values, atol=1e-4)
+    at_top = expected.gather(1, torch.from_numpy(scores.top_ids.astype(np.int64)))
+    np.testing.assert_allclose(at_top, scores.top_values, atol=1e-4)
 
 
 def test_larger_batches_than_the_largest_graph_run_eagerly(graphs):
