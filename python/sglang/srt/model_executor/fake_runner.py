@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from drift_scheduler.lane import Lane, Work
 from drift_scheduler.lane_virtual import TimedWork
-from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish, TokenMask
 
 # Seconds that so many layers of a batch take on a lane.
 Cost = Callable[[HostBatch, int, Lane], float]
@@ -191,12 +191,25 @@ class FakeRun:
 
     def _sample(self) -> None:
         runner, batch = self._runner, self._batch
-        for wish, token_index, position in zip(
-            batch.samples, batch.sample_tokens, batch.sample_positions, strict=True
+        allowed = _allowed_tokens(batch.mask)
+        for i, (wish, token_index, position) in enumerate(
+            zip(batch.samples, batch.sample_tokens, batch.sample_positions, strict=True)
         ):
             hash_of_prefix = int(runner.slot_hashes[batch.token_slots[token_index]])
-            self._tokens.append(runner.choose(hash_of_prefix, wish, int(position)))
+            token = runner.choose(hash_of_prefix, wish, int(position))
+            if i in allowed:  # the next allowed one, as if the others were withheld
+                token = min(allowed[i], key=lambda t, chosen=token: (t < chosen, t))  # type: ignore[misc]
+            self._tokens.append(token)
         runner.relay[batch.sample_rows] = self._tokens
+
+
+def _allowed_tokens(mask: TokenMask | None) -> dict[int, list[int]]:
+    """By sample, for those that the mask names."""
+    if mask is None:
+        return {}
+    bits = np.unpackbits(mask.words.view(np.uint8), axis=1, bitorder="little")
+    tokens = [np.flatnonzero(row).tolist() for row in bits]
+    return dict(zip(mask.rows.tolist(), tokens, strict=True))
 
 
 def _distinct(values: npt.NDArray[np.int64]) -> bool:

@@ -21,11 +21,13 @@ from drift_scheduler.lane import Lane, Phase, Work
 from sglang.srt.layers.attention.base import AttentionBackend, KVPool
 from sglang.srt.layers.matmul.base import Matmul
 from sglang.srt.layers.sampler import SamplingBatch, Withheld, likeliest, sample
+from sglang.srt.layers.token_mask import forbid
 from sglang.srt.model_executor.host_batch import (
     DeviceBatch,
     HostBatch,
     SampleWish,
     upload,
+    upload_mask,
     upload_table_update,
 )
 from sglang.srt.models.base import CausalLM, HiddenState, LayerContext
@@ -128,8 +130,11 @@ class ModelRunner:
     ) -> None:
         """Samples; tokens go to the relay table's rows and, asynchronously, to `result`.
 
-        logits [samples, vocab_size]; rows, positions [samples] i64: see SampleTensors.
+        logits [samples, vocab_size], those of tokens that the mask forbids are overwritten; rows,
+        positions [samples] i64: see SampleTensors.
         """
+        if host.mask is not None:
+            forbid(logits, *upload_mask(host.mask, self.device))
         if self.takes_likeliest(host):
             tokens = likeliest(logits)
         else:
@@ -257,7 +262,7 @@ class GraphedStep:
         if len(host.table_index) > len(host.rows):
             runner.update_slot_table(*upload_table_update(host, runner.device))
         step = self._graphs.replay(lane, host)
-        if runner.takes_likeliest(host):
+        if host.mask is None and runner.takes_likeliest(host):
             self._result.copy_(step.tokens, non_blocking=True)
             return
         runner.choose(host, step.logits, step.rows, step.positions + 1, self._result)
