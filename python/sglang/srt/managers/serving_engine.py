@@ -83,7 +83,9 @@ class ServingEngine:
         self._clock = clock
 
         self._batches = BatchBuilder(limits.context_length)
-        self.grammars = grammars or GrammarQueue(None, "this engine was started without grammars")
+        self.grammars = (
+            GrammarQueue(None, "this engine takes no grammars") if grammars is None else grammars
+        )
         self._admission = PromptAdmission(cache, rows, limits)
         self._prefilling: list[PrefillBatch] = []
         self._first_tokens: FirstTokens[Request] = FirstTokens()
