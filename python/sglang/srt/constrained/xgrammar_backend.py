@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.constrained.grammar import Grammar, GrammarError, Words
+from sglang.srt.constrained.grammar import Grammar, GrammarError, Words, words_of
+from sglang.srt.constrained.patterns import with_plain_patterns
 from sglang.srt.constrained.schema_support import unenforced_keyword
 from sglang.srt.constrained.structural_tags import legacy_tags
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 # "[12:00:00] /some/where/file.cc:123: " in front of what the library has to say.
 _WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: (Check failed: \(.*?\) is false: )?")
 MAX_THREADS = 4
+# A string with a length limit may hold raw control characters, says the library. JSON forbids
+# them, and does without: tabs are no part of the layout then. In a structural tag they may be text.
+_NOT_IN_JSON = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
+_NOT_IN_TAGS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 MAX_REASON_CHARS = 500
 
 
@@ -39,6 +44,10 @@ class XGrammarBackend:
         self.end_ids = frozenset(end_ids)
         self.special_ids = frozenset(special_ids)
         self._any_whitespace = any_whitespace
+        self._hidden = {
+            "json_schema": _tokens_with(_NOT_IN_JSON, tokens, vocab_size),
+            "structural_tag": _tokens_with(_NOT_IN_TAGS, tokens, vocab_size),
+        }
         # Without a cache: what is kept, and how much of it, is decided in one place for all
         # libraries. Lanes want processors too.
         threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 4))
@@ -76,7 +85,7 @@ class XGrammarBackend:
         # The library raises errors of many types, among them plain RuntimeError, all of which
         # speak of the text it was given.
         try:
-            return CompiledXGrammar(self._compile(grammar))
+            return CompiledXGrammar(self._compile(grammar), self._hidden.get(grammar.kind))
         except GrammarError:
             raise
         except Exception as error:
@@ -86,7 +95,9 @@ class XGrammarBackend:
         text = grammar.text
         match grammar.kind:
             case "json_schema":
-                return self._compiler.compile_json_schema(text, any_whitespace=self._any_whitespace)
+                return self._compiler.compile_json_schema(
+                    with_plain_patterns(text), any_whitespace=self._any_whitespace
+                )
             case "regex":
                 return self._compiler.compile_regex(text)
             case "ebnf":
@@ -96,22 +107,28 @@ class XGrammarBackend:
 
 
 class CompiledXGrammar:
-    def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
+    """hidden: tokens that are never allowed."""
+
+    def __init__(self, compiled: xgrammar.CompiledGrammar, hidden: Words | None) -> None:
         self._compiled = compiled
+        self._hidden = hidden
         self.size_bytes: int = compiled.memory_size_bytes
 
     def matcher(self) -> XGrammarMatcher:
         import xgrammar
 
-        return XGrammarMatcher(xgrammar.GrammarMatcher(self._compiled))
+        return XGrammarMatcher(xgrammar.GrammarMatcher(self._compiled), self._hidden)
 
 
 class XGrammarMatcher:
-    def __init__(self, matcher: xgrammar.GrammarMatcher) -> None:
+    def __init__(self, matcher: xgrammar.GrammarMatcher, hidden: Words | None) -> None:
         self._matcher = matcher
+        self._shown = None if hidden is None else ~hidden
 
     def fill(self, words: Words) -> None:
         self._matcher.fill_next_token_bitmask(words.reshape(1, -1))
+        if self._shown is not None:
+            words &= self._shown
 
     def accept(self, token: int) -> bool:
         accepted: bool = self._matcher.accept_token(token)
@@ -132,3 +149,8 @@ def _structural_tag(text: str) -> Any:
         ],
         legacy.triggers,
     )
+
+
+def _tokens_with(bytes_like: re.Pattern[bytes], tokens: Any, vocab_size: int) -> Words:
+    found = (i for i, text in enumerate(tokens.decoded_vocab) if bytes_like.search(text))
+    return words_of(found, vocab_size)
