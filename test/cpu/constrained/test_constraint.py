@@ -132,9 +132,7 @@ def test_whatever_is_chosen_among_the_allowed_the_answer_is_valid(
         while not tokens or tokens[-1] != vocabulary.eos:
             allowed = vocabulary.allowed(constraint.allowed(len(tokens)))
             if len(tokens) > 1500:
-                allowed &= {vocabulary.eos, vocabulary.entries.index('"')} or allowed
-                if not allowed:
-                    break  # an endless regex that was never left
+                break  # an endless regex that was never left
             tokens.append(rng.choice(sorted(allowed)))
             assert constraint.take(tokens[-1]) is None
         else:
