@@ -35,6 +35,7 @@ from drift_scheduler.policies.take_turns import TakeTurns
 from drift_scheduler.timeline import Timeline
 from sglang.srt.benchmarks.environment import describe
 from sglang.srt.ipc import Receiver, Sender, ipc_directory
+from sglang.srt.logprobs import NO_SCORES, BatchScores
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.cycle_collector import undisturbed
 from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
@@ -45,7 +46,7 @@ from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import GenerateRequest, ToDetokenizer, token_ids
-from sglang.srt.model_executor.host_batch import HostBatch
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
 from sglang.srt.sampling_params import SamplingParams
 
 WARM_UP_STEPS = 50
@@ -76,6 +77,9 @@ class NullRunner:
     def start(self, batch: HostBatch) -> NullRun:
         return NullRun(len(batch.samples))
 
+    def forget(self, wish: SampleWish) -> None:
+        """Nothing is kept."""
+
 
 class NullRun:
     indivisible = False
@@ -88,6 +92,9 @@ class NullRun:
 
     def tokens(self) -> list[int]:
         return [TOKEN] * self._samples
+
+    def scores(self) -> BatchScores:
+        return NO_SCORES
 
 
 class Stopwatch:

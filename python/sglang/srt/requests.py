@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from drift_scheduler.attainment import Pace
 from sglang.srt.constrained.constraint import Constraint
+from sglang.srt.managers.request_logprobs import RequestLogprobs
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.messages import FinishReason, GenerateRequest, StreamOptions
 from sglang.srt.model_executor.host_batch import SampleWish
@@ -65,7 +66,10 @@ class Request:
             seed,
             withheld_ids=self.stop_ids if minimum and self.grammar is None else (),
             withheld_until=len(self.prompt) + minimum,
+            logprobs=message.logprobs,
         )
+        asked = message.logprobs
+        self.logprobs = None if asked is None else RequestLogprobs(asked, self.prompt)
         self.output: list[int] = []
         self.finish: FinishReason | None = None
 
@@ -90,6 +94,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def reuse_limit(self) -> int:
+        """How many of its tokens the prefix cache may give: at least the last is computed."""
+        limit = None if self.logprobs is None else self.logprobs.reuse_limit
+        return self.num_tokens - 1 if limit is None else limit
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """prompt + output [num_tokens] i32."""
@@ -133,4 +143,5 @@ class Request:
             skip_special_tokens=self.sampling.skip_special_tokens,
             spaces_between_special_tokens=self.sampling.spaces_between_special_tokens,
             no_stop_trim=self.sampling.no_stop_trim,
+            stop_regex=self.sampling.stop_regex,
         )

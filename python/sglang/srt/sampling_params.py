@@ -15,6 +15,7 @@ import msgspec
 
 from sglang.srt.constrained.grammar import GRAMMAR_KINDS, Grammar
 from sglang.srt.errors import RequestError
+from sglang.srt.stop_regex import UnsupportedPattern, compiled
 
 GREEDY_TEMPERATURE = 1e-6  # below this a temperature means "take the likeliest token"
 MAX_STOP_STRINGS = 32
@@ -23,16 +24,18 @@ MAX_GRAMMAR_BYTES = 1 << 20  # larger ones are a mistake, and would travel with 
 MAX_COUNT = 2**31 - 1  # no sequence, vocabulary or batch is larger
 
 _JSON_KINDS = ("json_schema", "structural_tag")
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+)
 
 # Fields of SGLang that this server does not serve yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0, 0.0),
-    "presence_penalty": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
-    "stop_regex": (None, "", []),
     "beam_width": (None,),
-    "stream_interval": (None,),
-    "logit_bias": (None, {}),
     "custom_params": (None,),
     "watermark": (None,),
 }
@@ -44,8 +47,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: tokens to generate; 0 only fills the prefix cache; None until the context ends.
     min_new_tokens: stop ids and end-of-sequence cannot be chosen before this many tokens.
     stop: the text ends before the first of these strings (or after it with `no_stop_trim`).
+    stop_regex: the same for regular expressions, see stop_regex.py.
+    stream_interval: tokens between two reports of this request; None as the server has it.
     stop_token_ids: generation ends at one of these ids, beside the model's own.
     temperature: 0 means greedy. top_k: -1 means off. top_p in (0, 1], min_p in [0, 1].
+    frequency_penalty, presence_penalty: taken from the logit of a token for each time that it is in
+    the output, and if it is there at all; in [-2, 2]. repetition_penalty: the logit of a token of
+    prompt or output is divided by it, or multiplied if it is negative; in (0, 2].
+    logit_bias: token id -> what is added to its logit.
     sampling_seed: the same seed, prompt and parameters give the same tokens in any batch.
     n: number of answers; the tokenizer manager turns one request into n.
     json_schema, regex, ebnf, structural_tag: what the answer is to follow, at most one of them.
@@ -54,17 +63,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: int | None = 128
     min_new_tokens: int = 0
     stop: list[str] = []
+    stop_regex: list[str] = []
     stop_token_ids: list[int] = []
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     n: int = 1
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     sampling_seed: int | None = None
+    stream_interval: int | None = None
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -81,6 +96,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what a request has had changes what comes next."""
+        return (
+            self.frequency_penalty != 0
+            or self.presence_penalty != 0
+            or self.repetition_penalty != 1
+        )
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any] | None, *, vocab_size: int) -> SamplingParams:
@@ -106,11 +130,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for kind in GRAMMAR_KINDS:
             if kind in given:
                 given[kind] = _grammar_text(kind, given[kind])
-        if isinstance(given.get("stop"), str):
-            given["stop"] = [given["stop"]] if given["stop"] else []
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("stop", "stop_regex"):
+            if isinstance(given.get(name), str):
+                given[name] = [given[name]] if given[name] else []
+        for name in _NUMBERS:
             if name in given:
                 given[name] = _finite(name, given[name])
+        if "logit_bias" in given:
+            given["logit_bias"] = _biases(given["logit_bias"], vocab_size)
         try:
             params = msgspec.convert(given, cls)
         except msgspec.ValidationError as error:
@@ -135,6 +162,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise _bad("top_p", f"must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise _bad("min_p", f"must be in [0, 1], got {self.min_p}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            penalty = getattr(self, name)
+            if not -2 <= penalty <= 2:
+                raise _bad(name, f"must be in [-2, 2], got {penalty}")
+        if not 0 < self.repetition_penalty <= 2:
+            raise _bad("repetition_penalty", f"must be in (0, 2], got {self.repetition_penalty}")
         if self.top_k != -1 and self.top_k < 1:
             raise _bad("top_k", f"must be -1 (off) or at least 1, got {self.top_k}")
         if not 1 <= self.n <= MAX_ANSWERS:
@@ -146,6 +179,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise _bad("stop", "must not hold an empty string")
             if not _encodable(text):
                 raise _bad("stop", "must be valid Unicode, without lone surrogates")
+        if len(self.stop_regex) > MAX_STOP_STRINGS:
+            count = len(self.stop_regex)
+            raise _bad("stop_regex", f"takes at most {MAX_STOP_STRINGS} patterns, got {count}")
+        for pattern in self.stop_regex:
+            try:
+                compiled(pattern)
+            except UnsupportedPattern as error:
+                raise _bad("stop_regex", f"{pattern!r} {error}") from None
+        if self.stream_interval is not None and not 1 <= self.stream_interval <= MAX_COUNT:
+            raise _bad("stream_interval", f"must be at least 1, got {self.stream_interval}")
         for token in self.stop_token_ids:
             if not 0 <= token < vocab_size:
                 raise _bad("stop_token_ids", f"{token} is outside the vocabulary [0, {vocab_size})")
@@ -190,6 +233,21 @@ def _encodable(text: str) -> bool:
 
 def _bad(field: str, problem: str) -> RequestError:
     return RequestError(f"sampling_params.{field} {problem}", field)
+
+
+def _biases(given: Any, vocab_size: int) -> dict[int, float]:
+    """JSON's keys are strings; integers are taken too."""
+    if not isinstance(given, Mapping):
+        raise _bad("logit_bias", "must be an object of token ids and numbers")
+    biases: dict[int, float] = {}
+    for key, value in given.items():
+        is_id = type(key) is int or (isinstance(key, str) and key.isascii() and key.isdigit())
+        token = int(key) if is_id and len(str(key)) <= 10 else -1
+        if not 0 <= token < vocab_size:
+            problem = f"has the key {key!r:.40}, which is no token id in [0, {vocab_size})"
+            raise _bad("logit_bias", problem)
+        biases[token] = _finite("logit_bias", value)
+    return biases
 
 
 def _finite(field: str, value: Any) -> float:

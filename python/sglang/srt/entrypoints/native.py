@@ -17,6 +17,7 @@ from sglang.srt.entrypoints.error_forms import (
 )
 from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.native_logprobs import LogprobFields, logprob_info, wishes_of
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import (
     DONE,
@@ -42,11 +43,6 @@ NEUTRAL: Neutral = {
     "audio_data": ABSENT,
     "mm_hashes": ABSENT,
     "use_audio_in_video": OFF,
-    "return_logprob": OFF,
-    "logprob_start_len": (None, -1),
-    "top_logprobs_num": (None, 0),
-    "token_ids_logprob": ABSENT,
-    "return_text_in_logprobs": (None, False, True),
     "return_sampling_mask": OFF,
     "return_hidden_states": OFF,
     "return_routed_experts": OFF,
@@ -70,7 +66,6 @@ NEUTRAL: Neutral = {
     "data_parallel_rank": (None, 0),
     "disagg_prefill_dp_rank": ABSENT,
     "require_reasoning": OFF,
-    "background": OFF,
     "priority": (None,),
     "need_wait_for_mm_inputs": OFF,
     "num_items_assigned": ABSENT,
@@ -90,7 +85,6 @@ INFORMATIONAL = frozenset(
         "external_trace_header",
         "http_worker_ipc",
         "log_metrics",
-        "no_logs",
         "received_time",
         "routing_key",
     }
@@ -104,7 +98,7 @@ class _Row(TypedDict, total=False):
     input_ids: Any
 
 
-class GenerateBody(pydantic.BaseModel):
+class GenerateBody(LogprobFields):
     """The fields of /generate that this server acts on."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -117,6 +111,8 @@ class GenerateBody(pydantic.BaseModel):
     extra_key: OneOrManyTexts | None = None
     cache_salt: OneOrManyTexts | None = None
     return_prompt_token_ids: bool = False
+    background: bool = False
+    no_logs: bool = False
     slo: Any = None  # ServiceLevels says what it may be
 
 
@@ -127,7 +123,13 @@ async def generate(request: Request) -> Response:
     body = checked(GenerateBody, raw)
     prompts, batched = prompts_of(body, state)
     several = batched or sum(prompt.sampling.n for prompt in prompts) > 1
-    updates = state.manager.generate(prompts, rid=body.rid, stream=body.stream)
+    updates = state.manager.generate(
+        prompts,
+        rid=body.rid,
+        stream=body.stream,
+        background=body.background,
+        logged=not body.no_logs,
+    )
     form = _Form(state, body, several)
 
     if body.stream:
@@ -159,6 +161,12 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
     extra_keys = _each("extra_key", body.extra_key, count)
     salts = _each("cache_salt", body.cache_salt, count)
     slos = _each("slo", body.slo, count)
+    logprobs = wishes_of(
+        body,
+        count,
+        vocab_size=state.model.vocab_size,
+        has_tokenizer=state.model.tokenizer is not None,
+    )
     defaults = state.args.preferred_sampling_params or {}
     prompts = [
         Prompt(
@@ -168,6 +176,7 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
             namespace=namespace_of(extra_keys[i], salts[i]),
             field=field,
             level=state.levels.resolve(slos[i]),
+            logprobs=logprobs[i],
             **row,
         )
         for i, row in enumerate(rows)
@@ -230,6 +239,10 @@ class _Form:
             result["text"] = update.new_text if self._incremental else answer.text
         result["output_ids"] = update.new_ids if self._incremental else answer.output_ids
         result["meta_info"] = meta_info(answer)
+        logprobs = update.new_logprobs if self._incremental else answer.logprobs
+        wish = answer.prompt.logprobs
+        if logprobs is not None and wish is not None:
+            result["meta_info"] |= logprob_info(logprobs, wish, len(answer.output_ids))
         if self._with_prompt_ids:
             result["prompt_token_ids"] = answer.prompt.input_ids.tolist()
         if self._with_index:

@@ -8,10 +8,11 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.layers.penalties import History
 from sglang.srt.managers.jobs import Fill
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.mem_cache.slot_allocator import SlotIds
-from sglang.srt.model_executor.host_batch import HostBatch, Ints, TokenMask
+from sglang.srt.model_executor.host_batch import HostBatch, Ints, PromptPart, TokenMask
 from sglang.srt.requests import Request
 
 _Parts = list[npt.NDArray[Any]]
@@ -78,7 +79,34 @@ class BatchBuilder:
             sample_tokens=(np.cumsum(new_lens) - 1)[sampled],
             sample_rows=rows[sampled],
             mask=_mask([requests[i] for i in sampled]),
+            scored=_scored(decode_reqs, fills),
+            histories=tuple(
+                [
+                    _history(fill.request)
+                    for fill in fills
+                    if fill.samples and fill.request.sampling.penalises
+                ]
+            ),
         )
+
+
+def _scored(decode_reqs: int, fills: Sequence[Fill]) -> tuple[PromptPart, ...]:
+    parts = []
+    begin = decode_reqs
+    for fill in fills:
+        wish = fill.request.wish.logprobs
+        if fill.scored:
+            assert wish is not None, f"{fill.request.rid} wants no log-probabilities"
+            next_ids = fill.request.prompt[fill.scored.start + 1 : fill.scored.stop + 1]
+            first = begin + fill.scored.start - fill.start
+            parts.append(PromptPart(first, next_ids.astype(np.int64), wish))
+        begin += fill.tokens
+    return tuple(parts)
+
+
+def _history(request: Request) -> History:
+    output = np.array(request.output, dtype=np.int64)
+    return History(request.wish, request.prompt.astype(np.int64), output)
 
 
 def sequence_of(request: Request) -> CachedSequence:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from sglang.srt.logprobs import LogprobNews
 from sglang.srt.messages import FinishReason, StreamOptions, TokenBatch
 from sglang.srt.requests import Request
 
 
 class Outbox:
-    """Collects requests with news. A request is reported every `stream_interval` new tokens,
-    with its first token, and when it ends."""
+    """Collects requests with news. A request is reported every `stream_interval` new tokens, its
+    own or the server's, with its first token, and when it ends."""
 
     def __init__(self, stream_interval: int = 1) -> None:
         self._stream_interval = stream_interval
@@ -19,7 +20,8 @@ class Outbox:
         """The request has new tokens or has finished."""
         unsent = len(request.output) - request.sent_output
         first = request.sent_output == 0
-        if request.finish or first or unsent >= self._stream_interval:
+        interval = request.sampling.stream_interval or self._stream_interval
+        if request.finish or first or unsent >= interval:
             self._news[request.rid] = request
 
     def flush(self) -> TokenBatch | None:
@@ -31,10 +33,13 @@ class Outbox:
         opened: list[StreamOptions] = []
         new_ids: list[list[int]] = []
         finish: list[FinishReason | None] = []
+        logprobs: dict[str, LogprobNews] = {}
         for request in requests:
             if not request.stream_opened:
                 request.stream_opened = True
                 opened.append(request.stream_options())
+            if request.logprobs is not None:
+                logprobs[request.rid] = request.logprobs.news(request.output, request.sent_output)
             new_ids.append(request.output[request.sent_output :])
             request.sent_output = len(request.output)
             finish.append(request.finish)
@@ -47,4 +52,5 @@ class Outbox:
             cached_tokens=[request.cached_tokens for request in requests],
             completion_tokens=[len(request.output) for request in requests],
             retractions=[request.retractions for request in requests],
+            logprobs=logprobs,
         )

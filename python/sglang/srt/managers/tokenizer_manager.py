@@ -2,7 +2,8 @@
 
 A call of `generate` becomes one request for each answer; increments come back from the
 detokenizer and are handed to whoever iterates. Leaving the iteration early, for whatever reason,
-aborts what is unfinished: a client that hangs up frees its place at once.
+aborts what is unfinished, unless it is in the background: a client that hangs up frees its place at
+once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from drift_scheduler.timeline import TimelinePage
 from drift_scheduler.window import TimelineWindow
 from sglang.srt.errors import Overloaded, RequestError
 from sglang.srt.ipc import AsyncReceiver, IpcNames, Sender
+from sglang.srt.managers.answer_logprobs import AnswerLogprobs
 from sglang.srt.managers.answers import Answer, Update
 from sglang.srt.managers.call import Call, EngineFailed
 from sglang.srt.managers.prompts import Prompt, PromptEncoder, TokenizedPrompt
@@ -102,11 +104,15 @@ class TokenizerManager:
         *,
         rid: str | Sequence[str] | None = None,
         stream: bool = True,
+        background: bool = False,
+        logged: bool = True,
     ) -> AsyncGenerator[Update, None]:
         """Yields news of the answers as they come; with `stream` off, each answer once, finished.
 
-        Answers are numbered prompt by prompt, `sampling.n` for each. Raises RequestError for a
-        bad prompt or rid, Overloaded while shutting down, EngineFailed if the engine dies.
+        Answers are numbered prompt by prompt, `sampling.n` for each. In the background they are
+        completed though nobody iterates any more. Those not `logged` are left out of the log.
+        Raises RequestError for a bad prompt or rid, Overloaded while shutting down, EngineFailed
+        if the engine dies.
         """
         self._check_open()
         started_s = self._clock()
@@ -121,22 +127,31 @@ class TokenizerManager:
         call_id = rid if isinstance(rid, str) else names[0]
         expanded = [answer for prompt in tokenized for answer in _each_answer(prompt)]
         answers = [
-            Answer(i, name, call_id, self._wire_ids.make(name), prompt, started_s)
+            Answer(
+                index=i,
+                rid=name,
+                call_id=call_id,
+                wire_id=self._wire_ids.make(name),
+                prompt=prompt,
+                started_s=started_s,
+                logprobs=None if prompt.logprobs is None else AnswerLogprobs.empty(),
+            )
             for i, (name, prompt) in enumerate(zip(names, expanded, strict=True))
         ]
         call = Call(answers, stream)
         for answer in answers:
             self._launch(call, answer)
-        if self._log is not None:
-            self._log.received(names, prompts)
+        log = self._log if logged else None
+        if log is not None:
+            log.received(names, prompts)
         try:
             async with aclosing(call.updates()) as updates:
                 async for update in updates:
-                    if self._log is not None and update.answer.finish is not None:
-                        self._log.finished(update.answer)
+                    if log is not None and update.answer.finish is not None:
+                        log.finished(update.answer)
                     yield update
         finally:
-            for answer in answers:
+            for answer in () if background else answers:
                 if self._forget(answer):
                     self._send(AbortRequest(rid=answer.wire_id))
                     if self.metrics is not None:
@@ -247,6 +262,7 @@ class TokenizerManager:
                 namespace=answer.prompt.namespace,
                 slo=answer.prompt.level.slo,
                 slo_class=answer.prompt.level.class_name,
+                logprobs=answer.prompt.logprobs,
             )
         )
 

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.penalties import History
+from sglang.srt.logprobs import LogprobWish
 from sglang.srt.model_executor.forward_batch import ForwardBatch
 from sglang.srt.sampling_params import SamplingParams
 
@@ -33,17 +35,32 @@ class SampleWish:
     requests in the next launch are told by identity.
 
     withheld_ids cannot be chosen at positions before withheld_until (min_new_tokens).
+    logprobs: what is to be told of each token, None if nothing.
     """
 
     sampling: SamplingParams
     seed: int
     withheld_ids: tuple[int, ...] = ()
     withheld_until: int = 0
+    logprobs: LogprobWish | None = None
 
     @property
     def takes_likeliest(self) -> bool:
         """Whether the largest logit decides, and nothing else."""
-        return self.sampling.greedy and not self.withheld_ids
+        sampling = self.sampling
+        adjusted = self.withheld_ids or sampling.logit_bias or sampling.penalises
+        return sampling.greedy and not adjusted
+
+
+class PromptPart(NamedTuple):
+    """Prompt tokens whose log-probabilities a launch is to tell.
+
+    next_ids [n]: the tokens behind the flattened tokens `first` and on.
+    """
+
+    first: int
+    next_ids: Ints
+    wish: LogprobWish
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +74,8 @@ class HostBatch:
     samples: a wish for every request that gets a token; sample_tokens [samples], the flattened
     token index whose logits choose it; sample_rows [samples] where it goes in the relay table.
     mask: None if no sample is constrained.
+    scored: parts of prompts, beside the samples, that log-probabilities are wanted of.
+    histories: of the samples with penalties that do not decode; their owners are their wishes.
     """
 
     decode_reqs: int
@@ -72,6 +91,8 @@ class HostBatch:
     sample_tokens: Ints
     sample_rows: Ints
     mask: TokenMask | None = None
+    scored: tuple[PromptPart, ...] = ()
+    histories: tuple[History, ...] = ()
 
     @property
     def is_decode(self) -> bool:

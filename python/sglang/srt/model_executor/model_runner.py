@@ -12,16 +12,19 @@ Tables on the device, shared by both phases, which write disjoint rows of them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from drift_scheduler.lane import Lane, Phase, Work
 from sglang.srt.layers.attention.base import AttentionBackend, KVPool
+from sglang.srt.layers.logprobs import PackedScores, SampleScores, prompt_scores
 from sglang.srt.layers.matmul.base import Matmul
-from sglang.srt.layers.sampler import SamplingBatch, Withheld, likeliest, sample
+from sglang.srt.layers.penalties import PenaltyTable
+from sglang.srt.layers.sampler import SamplingBatch, Withheld, choose, likeliest
 from sglang.srt.layers.token_mask import forbid
+from sglang.srt.logprobs import NO_SCORES, BatchScores, TokenScores
 from sglang.srt.model_executor.host_batch import (
     DeviceBatch,
     HostBatch,
@@ -63,6 +66,10 @@ class Run(Protocol):
         """The sampled tokens, in the order of the batch's samples; after the last slice is done."""
         ...
 
+    def scores(self) -> BatchScores:
+        """What the batch's wishes ask to be told of its tokens, when `tokens` can be taken."""
+        ...
+
 
 class Runner(Protocol):
     """What the serving engine needs of a model."""
@@ -71,6 +78,10 @@ class Runner(Protocol):
     def num_layers(self) -> int: ...
 
     def start(self, batch: HostBatch) -> Run: ...
+
+    def forget(self, wish: SampleWish) -> None:
+        """A request with penalties has ended, and no work in flight samples for it."""
+        ...
 
 
 class ModelRunner:
@@ -95,17 +106,23 @@ class ModelRunner:
             num_rows, model.config.context_length, dtype=torch.int32, device=device
         )
         self.relay = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._decode_sampling = _SamplingCache(model.config.vocab_size, device)
+        self.penalties = PenaltyTable(model.config.vocab_size, device)
+        self._decode_sampling = _SamplingCache(self._new_sampling, device)
 
     @property
     def num_layers(self) -> int:
         return self.model.config.num_layers
 
     def start(self, batch: HostBatch) -> Run:
+        for history in batch.histories:
+            self.penalties.take(history.owner)
         graphs = self.graphs
         if graphs is not None and batch.is_decode and graphs.size_for(len(batch.rows)):
             return GraphedStep(self, graphs, batch)
         return ModelRun(self, batch)
+
+    def forget(self, wish: SampleWish) -> None:
+        self.penalties.forget(wish)
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """From now on decode steps that fit replay a graph. Before that, all run eagerly."""
@@ -127,20 +144,41 @@ class ModelRunner:
         rows: torch.Tensor,
         positions: torch.Tensor,
         result: torch.Tensor,
-    ) -> None:
+    ) -> PackedScores | None:
         """Samples; tokens go to the relay table's rows and, asynchronously, to `result`.
 
         logits [samples, vocab_size], those of tokens that the mask forbids are overwritten; rows,
-        positions [samples] i64: see SampleTensors.
+        positions [samples] i64: see SampleTensors. Returns what `sample_scores` wants to know of
+        the tokens.
         """
         if host.mask is not None:
             forbid(logits, *upload_mask(host.mask, self.device))
         if self.takes_likeliest(host):
             tokens = likeliest(logits)
         else:
-            tokens = sample(logits, positions, self._sampling_for(host))
+            for history in host.histories:
+                self.penalties.begin(history)
+            sampling = self._sampling_for(host)
+            logits = sampling.adjusted(logits, positions)
+            tokens = choose(logits, positions, sampling)
+            sampling.count(tokens)
         self.relay[rows] = tokens
         result.copy_(tokens, non_blocking=True)
+        return self.score(host, logits, tokens)
+
+    def score(
+        self, host: HostBatch, logits: torch.Tensor, tokens: torch.Tensor
+    ) -> PackedScores | None:
+        """Of the tokens [samples] i64 chosen by logits [samples, vocab_size]; None if nobody has
+        asked. On the lane."""
+        asked = self.sample_scores(host)
+        return None if asked is None else asked.compute(logits, tokens)
+
+    def sample_scores(self, batch: HostBatch) -> SampleScores | None:
+        """Which of its samples are to tell their log-probabilities, None if none."""
+        if batch.is_decode:
+            return self._decode_sampling.scores(batch.samples)
+        return _sample_scores(batch.samples, self.device)
 
     def takes_likeliest(self, batch: HostBatch) -> bool:
         """Whether the largest logit decides for all its samples; on the lane."""
@@ -158,7 +196,22 @@ class ModelRunner:
         """On the lane: decode keeps the last batch's tensors, since they rarely change."""
         if batch.is_decode:
             return self._decode_sampling.get(batch.samples)
-        return _sampling_batch(batch.samples, self.model.config.vocab_size, self.device)
+        return self._new_sampling(batch.samples)
+
+    def _new_sampling(self, samples: tuple[SampleWish, ...]) -> SamplingBatch:
+        params = [wish.sampling for wish in samples]
+        return SamplingBatch.from_params(
+            params,
+            [wish.seed for wish in samples],
+            self.model.config.vocab_size,
+            self.device,
+            withheld=[
+                Withheld(i, wish.withheld_ids, wish.withheld_until)
+                for i, wish in enumerate(samples)
+                if wish.withheld_ids
+            ],
+            penalised=self.penalties.rows_of(samples, params),
+        )
 
 
 class ModelRun:
@@ -171,6 +224,8 @@ class ModelRun:
         self._state: HiddenState | None = None
         self._context: LayerContext | None = None
         self._result = runner.new_result(batch)
+        self._sample_scores: PackedScores | None = None
+        self._prompt_scores: list[PackedScores] = []
 
     @property
     def indivisible(self) -> bool:
@@ -188,6 +243,18 @@ class ModelRun:
 
     def tokens(self) -> list[int]:
         return self._result.tolist()
+
+    def scores(self) -> BatchScores:
+        host = self._host
+        if self._sample_scores is None and not host.scored:
+            return NO_SCORES
+        return BatchScores(
+            _of_samples(host, self._sample_scores),
+            [
+                scores.of(0, len(part.next_ids), part.wish)
+                for part, scores in zip(host.scored, self._prompt_scores, strict=True)
+            ],
+        )
 
     def _fits(self, graphs: PrefillGraphs) -> bool:
         host = self._host
@@ -219,10 +286,21 @@ class ModelRun:
 
     def _finish(self, batch: DeviceBatch, state: HiddenState) -> None:
         """Chooses the tokens that the batch is to yield."""
+        runner = self._runner
+        model = runner.model
         if self._host.samples:
             tokens, rows, positions = batch.samples
-            logits = self._runner.model.logits(state, tokens)
-            self._runner.choose(self._host, logits, rows, positions, self._result)
+            logits = model.logits(state, tokens)
+            self._sample_scores = runner.choose(self._host, logits, rows, positions, self._result)
+        for part in self._host.scored:
+            self._prompt_scores.append(
+                prompt_scores(
+                    lambda tokens: model.logits(state, tokens),
+                    *part,
+                    model.config.vocab_size,
+                    runner.device,
+                )
+            )
 
     def _begin(self) -> tuple[DeviceBatch, torch.Tensor]:
         """The batch on the device, its slots in the table, and the ids of all its tokens."""
@@ -243,6 +321,7 @@ class GraphedStep:
         self._graphs = graphs
         self._host = batch
         self._result = runner.new_result(batch)
+        self._scores: PackedScores | None = None
 
     @property
     def indivisible(self) -> bool:
@@ -255,6 +334,11 @@ class GraphedStep:
     def tokens(self) -> list[int]:
         return self._result.tolist()
 
+    def scores(self) -> BatchScores:
+        if self._scores is None:
+            return NO_SCORES
+        return BatchScores(_of_samples(self._host, self._scores), ())
+
     def _run(self, lane: Lane) -> None:
         runner, host = self._runner, self._host
         assert len(host.samples) == len(host.rows), "a decode step samples every request"
@@ -264,20 +348,32 @@ class GraphedStep:
         step = self._graphs.replay(lane, host)
         if host.mask is None and runner.takes_likeliest(host):
             self._result.copy_(step.tokens, non_blocking=True)
+            self._scores = runner.score(host, step.logits, step.tokens)
             return
-        runner.choose(host, step.logits, step.rows, step.positions + 1, self._result)
+        positions = step.positions + 1
+        self._scores = runner.choose(host, step.logits, step.rows, positions, self._result)
+
+
+def _of_samples(host: HostBatch, scores: PackedScores | None) -> Mapping[int, TokenScores]:
+    if scores is None:
+        return {}
+    wishes = {i: wish.logprobs for i, wish in enumerate(host.samples) if wish.logprobs is not None}
+    return {place: scores.of(i, i + 1, wish) for i, (place, wish) in enumerate(wishes.items())}
 
 
 class _SamplingCache:
     """What the last decode batch's wishes came down to; used only by decode work, which is in
     order. The same requests have the same wishes, so most steps find it as they need it."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
+    def __init__(
+        self, make: Callable[[tuple[SampleWish, ...]], SamplingBatch], device: torch.device
+    ) -> None:
+        self._make = make
         self._device = device
         self._samples: tuple[SampleWish, ...] = ()
         self._takes_likeliest = True
         self._batch: SamplingBatch | None = None
+        self._scores: SampleScores | None = None
 
     def takes_likeliest(self, samples: tuple[SampleWish, ...]) -> bool:
         self._look_at(samples)
@@ -286,27 +382,26 @@ class _SamplingCache:
     def get(self, samples: tuple[SampleWish, ...]) -> SamplingBatch:
         self._look_at(samples)
         if self._batch is None:
-            self._batch = _sampling_batch(samples, self._vocab_size, self._device)
+            self._batch = self._make(samples)
         return self._batch
+
+    def scores(self, samples: tuple[SampleWish, ...]) -> SampleScores | None:
+        self._look_at(samples)
+        return self._scores
 
     def _look_at(self, samples: tuple[SampleWish, ...]) -> None:
         if samples != self._samples:
             self._samples = samples
             self._takes_likeliest = all(wish.takes_likeliest for wish in samples)
             self._batch = None
+            self._scores = _sample_scores(samples, self._device)
 
 
-def _sampling_batch(
-    samples: tuple[SampleWish, ...], vocab_size: int, device: torch.device
-) -> SamplingBatch:
-    return SamplingBatch.from_params(
-        [wish.sampling for wish in samples],
-        [wish.seed for wish in samples],
-        vocab_size,
+def _sample_scores(samples: tuple[SampleWish, ...], device: torch.device) -> SampleScores | None:
+    if all(wish.logprobs is None for wish in samples):
+        return None
+    return SampleScores.of(
+        [wish.logprobs for wish in samples],
+        [1.0 if wish.sampling.greedy else wish.sampling.temperature for wish in samples],
         device,
-        withheld=[
-            Withheld(i, wish.withheld_ids, wish.withheld_until)
-            for i, wish in enumerate(samples)
-            if wish.withheld_ids
-        ],
     )
