@@ -91,12 +91,20 @@ class ServerArgs:
     api_key: str | None = flag(
         None, "Key that clients send as a bearer token; open if not given.", group=_HTTP
     )
+    admin_api_key: str | None = flag(
+        None,
+        "Key of endpoints that change how the server runs, in place of --api-key.",
+        group=_HTTP,
+    )
     skip_server_warmup: bool = flag(
         False, "Report ready without serving a request to oneself first.", group=_HTTP
     )
 
     served_model_name: str | None = flag(
         None, "Name in /v1/models and in answers; the model path if not given.", group=_API
+    )
+    weight_version: str = flag(
+        "default", "Name of the weights, told with every answer of /generate.", group=_API
     )
     chat_template: str | None = flag(
         None, "Chat template, a Jinja file; the tokenizer's own if not given.", group=_API
