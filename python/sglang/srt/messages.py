@@ -124,7 +124,7 @@ class PauseGeneration(Message, frozen=True, tag=True, kw_only=True):
     """
 
     call_id: int
-    mode: Literal["abort", "retract", "in_place"]
+    mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
 class ContinueGeneration(Message, frozen=True, tag=True, kw_only=True):
@@ -162,7 +162,7 @@ class SetInternalState(Message, frozen=True, tag=True, kw_only=True):
     """Changes settings by their flags' names; all of them or none."""
 
     call_id: int
-    values: dict[str, Any]
+    values: dict[str, Any] = {}
 
 
 class UpdateWeights(Message, frozen=True, tag=True, kw_only=True):

@@ -39,7 +39,6 @@ def build_app(state: ServerState) -> FastAPI:
     if state.args.api_key is not None or state.args.admin_api_key is not None:
         app.add_middleware(
             BearerAuth,
-            routes=lambda: app.routes,
             api_key=state.args.api_key,
             admin_api_key=state.args.admin_api_key,
         )

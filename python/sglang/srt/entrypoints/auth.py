@@ -9,44 +9,47 @@ for admins       all       api key        admin key        admin key
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
-from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang.srt.entrypoints.error_forms import JsonResponse
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 # Load balancers and scrapers have no key.
 _OPEN_PATHS = ("/health", "/ready", "/metrics")
-_MARK = "_sglang_for_admins"
-
-
-def for_admins(handler: F) -> F:
-    """Marks an endpoint that changes how the server runs."""
-    setattr(handler, _MARK, True)
-    return handler
+# What changes how the server runs, or shows its weights.
+_FOR_ADMINS = frozenset(
+    {
+        "/abort_request",
+        "/configure_logging",
+        "/continue_generation",
+        "/flush_cache",
+        "/freeze_gc",
+        "/get_weights_by_name",
+        "/pause_generation",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "/set_internal_state",
+        "/start_profile",
+        "/stop_profile",
+        "/update_weight_version",
+        "/update_weights_from_disk",
+    }
+)
 
 
 class BearerAuth:
-    """ASGI middleware around `app`, whose `routes` say what an endpoint is.
-
-    401 without a key that is any good, 403 with the API key where the admin key is asked for.
-    """
+    """ASGI middleware: 401 without a key that is any good, 403 with the API key where the admin
+    key is asked for."""
 
     def __init__(
         self,
         app: ASGIApp,
         *,
-        routes: Callable[[], list[Any]],
         api_key: str | None,
         admin_api_key: str | None,
     ) -> None:
         self._app = app
-        self._routes = routes
         self._api_key = api_key
         self._admin_api_key = admin_api_key
 
@@ -62,19 +65,12 @@ class BearerAuth:
         if scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_PATHS):
             return None
         wanted = self._api_key
-        if self._admin_api_key is not None and self._is_for_admins(scope):
+        if self._admin_api_key is not None and scope["path"] in _FOR_ADMINS:
             wanted = self._admin_api_key
         if wanted is None or _carries(scope, wanted):
             return None
         known = wanted is not self._api_key and self._api_key and _carries(scope, self._api_key)
         return 403 if known else 401
-
-    def _is_for_admins(self, scope: Scope) -> bool:
-        for route in self._routes():
-            match, _ = route.matches(scope)
-            if match is not Match.NONE:
-                return getattr(getattr(route, "endpoint", None), _MARK, False)
-        return False
 
 
 def _carries(scope: Scope, key: str) -> bool:

@@ -121,7 +121,8 @@ class EngineControls:
         return reply
 
     async def resume(self, fields: Mapping[str, Any]) -> ControlReply:
-        without_unsupported(fields, {"torch_empty_cache": (None, False, True)})
+        # The flag asks for memory that launches have left over: there is none beyond the pools.
+        checked(_Body, without_unsupported(fields, {"torch_empty_cache": (None, False, True)}))
         reply = await self._ask(ContinueGeneration)
         self.paused = self.paused and not reply.ok
         return reply

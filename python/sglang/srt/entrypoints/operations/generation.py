@@ -9,7 +9,6 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from sglang.srt.entrypoints.auth import for_admins
 from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object, read_optional_object
 from sglang.srt.entrypoints.operations.outcome import outcome
@@ -20,7 +19,6 @@ router = APIRouter()
 
 
 @router.api_route("/flush_cache", methods=["GET", "POST"])
-@for_admins
 async def flush_cache(request: Request) -> Response:
     timeout_s = _seconds(request.query_params.get("timeout", "0"))
     reply = await state_of(request).manager.flush_cache(timeout_s)
@@ -36,7 +34,6 @@ class AbortBody(pydantic.BaseModel):
 
 
 @router.post("/abort_request")
-@for_admins
 async def abort_request(request: Request) -> Response:
     neutral: dict[str, tuple[Any, ...]] = {"finished_reason": (None,), "abort_message": (None, "")}
     body = checked(AbortBody, without_unsupported(await read_object(request), neutral))
@@ -45,7 +42,6 @@ async def abort_request(request: Request) -> Response:
 
 
 @router.post("/pause_generation")
-@for_admins
 async def pause_generation(request: Request) -> Response:
     """Answers once nothing is in flight. Requests that come meanwhile wait."""
     fields = await read_optional_object(request)
@@ -53,7 +49,6 @@ async def pause_generation(request: Request) -> Response:
 
 
 @router.post("/continue_generation")
-@for_admins
 async def continue_generation(request: Request) -> Response:
     fields = await read_optional_object(request)
     return outcome(await state_of(request).controls.resume(fields), {"status": "ok"})
