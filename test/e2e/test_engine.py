@@ -227,18 +227,18 @@ class TestOperations:
         original = engine.generate(PROMPT, GREEDY)["text"]
         norm = engine.get_weights_by_name("model.norm.weight", 4)
         refused = engine.update_weights_from_disk(str(tmp_path / "absent"))
-        assert not refused["success"]
-        assert "absent" in refused["message"]
+        assert not refused.success
+        assert "absent" in refused.message
         random = engine.update_weights_from_disk(
             str(smollm2), load_format="dummy", weight_version="random"
         )
-        assert random["success"], random
+        assert random.success, random
         answer = engine.generate(PROMPT, GREEDY)
         assert answer["text"] != original
         assert answer["meta_info"]["weight_version"] == "random"
         assert answer["meta_info"]["cached_tokens"] == 0  # the old weights' cache is gone
         back = engine.update_weights_from_disk(str(smollm2), load_format="gguf")
-        assert back["success"], back
+        assert back.success, back
         assert engine.generate(PROMPT, GREEDY)["text"] == original
         assert engine.get_weights_by_name("model.norm.weight", 4) == norm
 

@@ -74,13 +74,37 @@ class Engine(EngineOperations):
         prompt: str | list[str] | None = None,
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
         input_ids: list[int] | list[list[int]] | None = None,
-        *,
+        image_data: Any = None,
+        audio_data: Any = None,
+        video_data: Any = None,
+        mm_hashes: list[str] | list[list[str]] | None = None,
+        return_logprob: bool | list[bool] | None = False,
+        logprob_start_len: int | list[int] | None = None,
+        top_logprobs_num: int | list[int] | None = None,
+        token_ids_logprob: list[int] | list[list[int]] | None = None,
+        lora_path: list[str | None] | None = None,
+        custom_logit_processor: str | list[str] | None = None,
+        require_reasoning: bool = False,
+        return_hidden_states: bool = False,
+        return_routed_experts: bool = False,
+        routed_experts_start_len: int = 0,
         stream: bool = False,
+        bootstrap_host: str | list[str] | None = None,
+        bootstrap_port: int | list[int] | None = None,
+        bootstrap_room: int | list[int] | None = None,
+        routed_dp_rank: int | None = None,
+        disagg_prefill_dp_rank: int | None = None,
+        data_parallel_rank: int | None = None,
+        external_trace_header: dict[str, Any] | None = None,
+        rid: str | list[str] | None = None,
+        session_params: dict[str, Any] | None = None,
+        priority: int | None = None,
+        session_id: str | None = None,
         **more: Any,
     ) -> Any:
         """The answer, a list of them for a batch or n > 1, or with `stream` an iterator over the
-        chunks. `more`: other fields of POST /generate, such as return_logprob or rid."""
-        generation = self._generation(prompt, sampling_params, input_ids, stream, more)
+        chunks. `more`: other fields of POST /generate, such as slo or extra_key."""
+        generation = self._generation(locals())
         if stream:
             return self._chunks(generation)
         return self._call(generation.collect())
@@ -90,12 +114,36 @@ class Engine(EngineOperations):
         prompt: str | list[str] | None = None,
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
         input_ids: list[int] | list[list[int]] | None = None,
-        *,
+        image_data: Any = None,
+        audio_data: Any = None,
+        video_data: Any = None,
+        mm_hashes: list[str] | list[list[str]] | None = None,
+        return_logprob: bool | list[bool] | None = False,
+        logprob_start_len: int | list[int] | None = None,
+        top_logprobs_num: int | list[int] | None = None,
+        token_ids_logprob: list[int] | list[list[int]] | None = None,
+        lora_path: list[str | None] | None = None,
+        custom_logit_processor: str | list[str] | None = None,
+        require_reasoning: bool = False,
+        return_hidden_states: bool = False,
+        return_routed_experts: bool = False,
+        routed_experts_start_len: int = 0,
         stream: bool = False,
+        bootstrap_host: str | list[str] | None = None,
+        bootstrap_port: int | list[int] | None = None,
+        bootstrap_room: int | list[int] | None = None,
+        routed_dp_rank: int | None = None,
+        disagg_prefill_dp_rank: int | None = None,
+        data_parallel_rank: int | None = None,
+        external_trace_header: dict[str, Any] | None = None,
+        rid: str | list[str] | None = None,
+        session_params: dict[str, Any] | None = None,
+        priority: int | None = None,
+        session_id: str | None = None,
         **more: Any,
     ) -> Any:
         """See `generate`; with `stream`, awaiting it gives an asynchronous iterator."""
-        generation = self._generation(prompt, sampling_params, input_ids, stream, more)
+        generation = self._generation(locals())
         if stream:
             return self._async_chunks(generation)
         try:
@@ -117,18 +165,14 @@ class Engine(EngineOperations):
         except (RequestError, Aborted) as error:
             raise as_plain_error(error) from None
 
-    def _generation(
-        self,
-        prompt: str | list[str] | None,
-        sampling_params: Any,
-        input_ids: Any,
-        stream: bool,
-        more: dict[str, Any],
-    ) -> Generation:
-        body = {"text": prompt, "input_ids": input_ids, "sampling_params": sampling_params, **more}
+    def _generation(self, arguments: dict[str, Any]) -> Generation:
+        """arguments: of `generate`, whose names but one are those of a body's fields."""
+        body = {**arguments, **arguments["more"], "text": arguments["prompt"]}
+        for name in ("self", "more", "prompt"):
+            del body[name]
         given = {name: value for name, value in body.items() if value is not None}
         try:
-            return Generation(self._state, {**given, "stream": stream})
+            return Generation(self._state, given)
         except RequestError as error:
             raise as_plain_error(error) from None
 

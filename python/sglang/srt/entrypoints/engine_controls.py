@@ -107,6 +107,12 @@ class EngineControls:
         self.model_path = model_path
         """Where the weights that are served come from."""
         self.paused = False
+        self._working = 0
+
+    @property
+    def working(self) -> bool:
+        """Whether an operation is under way, which may keep the scheduler from answering."""
+        return self._working > 0
 
     @property
     def at_rest(self) -> bool:
@@ -201,6 +207,10 @@ class EngineControls:
             self._manager.refusal = _RELEASED if reply.data["released"] else None
 
     async def _ask(self, make: Callable[..., Message]) -> ControlReply:
-        return await self._manager.ask(
-            lambda call_id: make(call_id=call_id), FINISH_LIMIT_S + WORK_LIMIT_S
-        )
+        self._working += 1
+        try:
+            return await self._manager.ask(
+                lambda call_id: make(call_id=call_id), FINISH_LIMIT_S + WORK_LIMIT_S
+            )
+        finally:
+            self._working -= 1

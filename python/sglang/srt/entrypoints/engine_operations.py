@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from sglang.srt.entrypoints.operations.information import server_info
 from sglang.srt.entrypoints.server_state import ServerState
 from sglang.srt.messages import ControlReply
 
 T = TypeVar("T")
+
+
+class WeightsUpdate(NamedTuple):
+    """A tuple, as SGLang's callers index it."""
+
+    success: bool
+    message: str
+    num_paused_requests: int
 
 
 class EngineOperations:
@@ -44,10 +52,11 @@ class EngineOperations:
 
     def update_weights_from_disk(
         self, model_path: str, load_format: str | None = None, **options: Any
-    ) -> dict[str, Any]:
+    ) -> WeightsUpdate:
         """`options`: abort_all_requests, flush_cache, keep_pause, weight_version."""
         fields = {"model_path": model_path, "load_format": load_format, **options}
-        return _outcome(self._call(self._state.controls.update_weights(fields)))
+        reply = self._call(self._state.controls.update_weights(fields))
+        return WeightsUpdate(reply.ok, reply.message, reply.data.get("num_paused_requests", 0))
 
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any]:
         """The first rows of a parameter, by its Hugging Face name."""

@@ -85,10 +85,10 @@ class LiveModel:
             shapes = {name: torch.empty_like(p, device="meta") for name, p in parameters.items()}
             copy_weights(shapes, _beating(read_weights(source, config), beat))
         try:
-            fill_model(self._model, source, config, seed=self._args.random_seed or 0)
+            self._fill(source, beat)
         except Exception as error:
             logger.exception("the new weights could be read once, but not twice")
-            fill_model(self._model, self._source, config, seed=self._args.random_seed or 0)
+            self._fill(self._source, beat)
             raise LiveModelError(f"{model_path}: {error}") from error
         beat()
         self._synchronize()
@@ -124,7 +124,7 @@ class LiveModel:
         """Takes back what `tags` name; graphs are captured when the rest is there."""
         tags = [tag for tag in tags if tag in self._released]
         if WEIGHTS in tags:
-            self._restore_weights()
+            self._restore_weights(beat)
             self._released.discard(WEIGHTS)
         beat()
         if KV_CACHE in tags:
@@ -172,7 +172,14 @@ class LiveModel:
             )
         return theirs
 
-    def _restore_weights(self) -> None:
+    def _fill(self, source: ModelSource, beat: Callable[[], None]) -> None:
+        config = self._model.config
+        if source.weight_format == "dummy":
+            fill_model(self._model, source, config, seed=self._args.random_seed or 0)
+        else:
+            self._model.load_weights(_beating(read_weights(source, config), beat))
+
+    def _restore_weights(self, beat: Callable[[], None]) -> None:
         for entry in self._storages:
             entry.storage.resize_(entry.nbytes)
         if self._on_gpu:
@@ -183,9 +190,7 @@ class LiveModel:
             self._synchronize()
             return
         try:
-            fill_model(
-                self._model, self._source, self._model.config, seed=self._args.random_seed or 0
-            )
+            self._fill(self._source, beat)
         except ConfigError as error:
             for entry in self._storages:
                 entry.storage.resize_(0)

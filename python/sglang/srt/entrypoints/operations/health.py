@@ -40,6 +40,8 @@ async def health(request: Request) -> Response:
 
 
 async def _alive(state: ServerState) -> bool:
+    if state.controls.working:  # if it hangs, the watchdog ends it
+        return not state.manager.failed
     if state.controls.at_rest:  # by an operator's wish: that it answers must do
         return (await state.manager.engine_state(_HEALTH_LIMIT_S)).ok
     return await state.manager.probe(_HEALTH_LIMIT_S)
