@@ -39,7 +39,8 @@ from benchmark.command_line import command_line
 from benchmark.serve_trace import append
 from benchmark.smollm2 import model_path
 from sglang.srt.benchmarks.environment import describe
-from sglang.srt.entrypoints.http_server import Parts, launch
+from sglang.srt.entrypoints.http_server import launch
+from sglang.srt.entrypoints.start_up import Parts
 from sglang.srt.ipc import IpcNames, announce_ready
 from sglang.srt.managers.scripted_scheduler import ScriptedScheduler
 from sglang.srt.messages import GenerateRequest

@@ -227,6 +227,10 @@ class Timeline:
             "preemptions": self._preemptions,
         }
 
+    def counted_runs(self) -> int:
+        """Pieces of work that have run since the start."""
+        return sum(self._runs_by_mode.values())
+
     def launches(self, partition: Partition) -> int:
         """Pieces of work that ran under this partition."""
         return self._runs_by_partition[partition.index]

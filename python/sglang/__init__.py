@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 from sglang.version import __version__
 
 if TYPE_CHECKING:
+    from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.server_args import ServerArgs
 
-__all__ = ["ServerArgs", "__version__"]
+__all__ = ["Engine", "ServerArgs", "__version__"]
 
-_HOME = {"ServerArgs": "sglang.srt.server_args"}
+_HOME = {
+    "Engine": "sglang.srt.entrypoints.engine",
+    "ServerArgs": "sglang.srt.server_args",
+}
 
 
 def __getattr__(name: str) -> Any:

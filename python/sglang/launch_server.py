@@ -10,13 +10,16 @@ import sys
 from collections.abc import Sequence
 
 from sglang.srt.errors import ConfigError
-from sglang.srt.server_args import ServerArgs
+from sglang.srt.server_args import PROG, ServerArgs
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the server until it is told to stop; returns the process's exit code."""
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Runs the server until it is told to stop; returns the process's exit code.
+
+    prog: the command that was typed, for --help.
+    """
     try:
-        server_args = ServerArgs.from_cli(sys.argv[1:] if argv is None else argv)
+        server_args = ServerArgs.from_cli(sys.argv[1:] if argv is None else argv, prog)
         # Only now: --help and a mistyped flag are answered without loading torch.
         from sglang.srt.entrypoints.http_server import launch
 

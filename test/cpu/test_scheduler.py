@@ -19,6 +19,7 @@ from drift_scheduler.policies.by_batch_size import SplitByBatchSize
 from drift_scheduler.policies.factory import PolicyFactory
 from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import Timeline
+from sglang.srt.errors import ConfigError
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.cycle_collector import CycleCollector
 from sglang.srt.managers.outbox import Outbox
@@ -30,15 +31,22 @@ from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import (
     AbortRequest,
+    ContinueGeneration,
     FlushCache,
     GenerateRequest,
     GetState,
     GetTimeline,
+    GetWeights,
     Message,
+    PauseGeneration,
+    ReleaseMemory,
+    ResumeMemory,
+    SetInternalState,
     SetPolicy,
     Shutdown,
     StopMatched,
     TokenBatch,
+    UpdateWeights,
     token_ids,
 )
 from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, cost_by_tokens
@@ -129,7 +137,9 @@ class House:
         turn_s: float = 0.0,
         max_queued: int | None = None,
         make_policy: Callable = fixed_policy,
+        device=None,
     ) -> None:
+        self.device = device
         self.clock = VirtualClock()
         self.lanes = WakingLanes(TABLE, self.clock)
         self.watchdog = Watchdog(WATCHDOG_S, self._hung, self.clock)
@@ -158,7 +168,7 @@ class House:
             clock=self.clock,
         )
         self.timeline = timeline = Timeline()
-        gang = Gang(
+        self.gang = gang = Gang(
             self.engine,
             self.lanes,
             dispatcher or SplitByBatchSize(TABLE, (1, 3)),
@@ -181,6 +191,7 @@ class House:
             attainment=attainment,
             collector=CycleCollector(collect=lambda: None, clock=self.clock),
             make_policy=make_policy,
+            device=device,
             clock=self.clock,
         )
 
@@ -570,3 +581,278 @@ def test_the_loop_wakes_when_the_dispatcher_wants_to_look_again():
     ).run()
     [first_s, *_] = [time_s for time_s, sent in house.detokenizer.sent]
     assert ready_s < first_s < ready_s + 2e-3
+
+
+class FakeDevice:
+    """Notes what is done to it; `engine` must have nothing in flight then."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple] = []
+        self.released = frozenset()
+        self.fails = False
+        self.house: House | None = None
+
+    def _note(self, *what) -> None:
+        assert self.house is not None
+        assert self.house.gang.idle, f"{what} with work in flight"
+        if self.fails:
+            raise ConfigError("the new weights do not fit")
+        self.done.append((self.house.clock.now_s, *what))
+
+    def update_weights(self, model_path, load_format, beat) -> None:
+        self._note("update", model_path, load_format)
+
+    def rows(self, name, count):
+        return [name] * count
+
+    def release(self, tags) -> None:
+        self._note("release", *tags)
+        self.released |= frozenset(tags)
+
+    def resume(self, tags, beat) -> None:
+        self._note("resume", *tags)
+        self.released -= frozenset(tags)
+
+    def usage(self):
+        return {}
+
+
+def operating(script, **options) -> House:
+    """A house whose launches take a second, on a fake device."""
+    device = FakeDevice()
+    house = House(script, cost=one_second_a_launch, device=device, **options)
+    device.house = house
+    return house
+
+
+def plain_answers(*requests) -> dict[str, list[int]]:
+    house = House([*((0.0, request) for request in requests), (900.0, Shutdown())]).run()
+    return {request.rid: house.ids(request.rid) for request in requests}
+
+
+def token_times(house: House, rid: str) -> list[float]:
+    return [
+        time_s
+        for time_s, batch in house.detokenizer.sent
+        if isinstance(batch, TokenBatch) and rid in batch.rids
+        for _ in batch.new_ids[batch.rids.index(rid)]
+    ]
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_pause_changes_no_answer_and_nothing_runs_meanwhile(mode):
+    long, late = ask("a", tokens=9, max_new_tokens=8), ask("b", tokens=7)
+    house = operating(
+        [
+            (0.0, long),
+            (3.5, PauseGeneration(call_id=1, mode=mode)),
+            (10.0, late),
+            (WATCHDOG_S * 3, ContinueGeneration(call_id=2)),
+            (400.0, Shutdown()),
+        ]
+    ).run()
+    assert house.ends() == {"a": "length", "b": "length"}
+    assert {rid: house.ids(rid) for rid in "ab"} == plain_answers(long, late)
+    [(paused_s, *paused), (continued_s, *continued)] = house.replies()
+    assert (paused, continued) == ([1, True], [2, True])
+    assert 3.5 < paused_s < 7.0
+    times = token_times(house, "a") + token_times(house, "b")
+    assert not [time_s for time_s in times if paused_s < time_s <= continued_s]
+    assert house.engine.retractions == (mode == "retract")
+
+
+def test_a_pause_that_retracts_lets_the_cache_be_flushed_and_one_in_place_does_not():
+    for mode, flushed in (("retract", True), ("in_place", False)):
+        script = [
+            (0.0, ask("a", tokens=9, max_new_tokens=8)),
+            (3.5, PauseGeneration(call_id=1, mode=mode)),
+            (10.0, FlushCache(call_id=2, timeout_s=1.0)),
+            (20.0, ContinueGeneration(call_id=3)),
+            (100.0, Shutdown()),
+        ]
+        house = operating(script).run()
+        assert [(call, ok) for _, call, ok in house.replies()] == [
+            (1, True),
+            (2, flushed),
+            (3, True),
+        ]
+        assert house.ids("a") == plain_answers(ask("a", tokens=9, max_new_tokens=8))["a"]
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_half_filled_prompt_survives_a_pause(mode):
+    long = ask("a", tokens=80)
+    house = operating(
+        [
+            (0.0, long),
+            (1.5, PauseGeneration(call_id=1, mode=mode)),
+            (50.0, ContinueGeneration(call_id=2)),
+            (200.0, Shutdown()),
+        ]
+    ).run()
+    assert token_times(house, "a")[0] > 50.0
+    assert house.ids("a") == plain_answers(long)["a"]
+
+
+def test_a_pause_that_aborts_ends_all_and_keeps_later_requests_waiting():
+    house = operating(
+        [
+            (0.0, ask("a", max_new_tokens=50)),
+            (2.5, PauseGeneration(call_id=1, mode="abort")),
+            (5.0, ask("b")),
+            (60.0, ContinueGeneration(call_id=2)),
+            (200.0, Shutdown()),
+        ]
+    ).run()
+    assert house.ends() == {"a": "abort", "b": "length"}
+    assert token_times(house, "b")[0] > 60.0
+
+
+def test_new_weights_wait_for_those_who_run_and_others_wait_for_the_weights():
+    house = operating(
+        [
+            (0.0, ask("a", max_new_tokens=6)),
+            (1.5, UpdateWeights(call_id=1, model_path="new", load_format="auto")),
+            (1.6, ask("b")),
+            (100.0, Shutdown()),
+        ]
+    ).run()
+    [(updated_s, *what)] = house.device.done
+    assert what == ["update", "new", "auto"]
+    assert token_times(house, "a")[-1] <= updated_s < token_times(house, "b")[0]
+    assert house.ends() == {"a": "length", "b": "length"}
+
+
+def test_new_weights_may_end_those_who_run():
+    house = operating(
+        [
+            (0.0, ask("a", max_new_tokens=50)),
+            (1.5, UpdateWeights(call_id=1, model_path="new", load_format="auto", abort_all=True)),
+            (100.0, Shutdown()),
+        ]
+    ).run()
+    assert house.ends() == {"a": "abort"}
+    assert house.device.done[0][0] < 5.0
+
+
+def test_new_weights_come_at_once_under_a_pause_but_not_with_a_flush_under_requests_in_place():
+    update = UpdateWeights(call_id=2, model_path="new", load_format="auto")
+    unflushed = UpdateWeights(call_id=3, model_path="new", load_format="auto", flush_cache=False)
+    house = operating(
+        [
+            (0.0, ask("a", max_new_tokens=8)),
+            (2.5, PauseGeneration(call_id=1, mode="in_place")),
+            (9.0, update),
+            (10.0, unflushed),
+            (20.0, ContinueGeneration(call_id=4)),
+            (100.0, Shutdown()),
+        ]
+    ).run()
+    assert [(call, ok) for _, call, ok in house.replies()] == [
+        (1, True),
+        (2, False),
+        (3, True),
+        (4, True),
+    ]
+    assert "retract" in house.tokenizer.sent[1][1].message
+    assert house.ends() == {"a": "length"}
+
+
+def test_weights_that_fail_leave_the_server_as_it_was():
+    house = operating(
+        [
+            (0.0, UpdateWeights(call_id=1, model_path="new", load_format="auto")),
+            (5.0, ask("a")),
+            (100.0, Shutdown()),
+        ]
+    )
+    house.device.fails = True
+    house.run()
+    assert house.replies()[0][1:] == (1, False)
+    assert "do not fit" in house.tokenizer.sent[0][1].message
+    assert house.ids("a") == plain_answers(ask("a"))["a"]
+
+
+def test_an_operation_gives_up_on_requests_that_do_not_end():
+    house = House(
+        [
+            (0.0, ask("a", max_new_tokens=90)),
+            (5.0, UpdateWeights(call_id=1, model_path="new", load_format="auto")),
+            (2000.0, Shutdown()),
+        ],
+        cost=lambda batch, layers, lane: 20.0,
+        device=FakeDevice(),
+    )
+    house.device.house = house
+    house.run()
+    [(gave_up_s, call_id, ok)] = house.replies()
+    assert (call_id, ok) == (1, False)
+    assert 605.0 <= gave_up_s < 650.0
+    assert house.ends() == {"a": "length"}
+
+
+def test_released_memory_keeps_requests_waiting_until_all_of_it_is_back():
+    house = operating(
+        [
+            (0.0, ask("a")),
+            (1.0, ReleaseMemory(call_id=1, tags=["kv_cache", "weights"])),
+            (20.0, ask("b")),
+            (25.0, ContinueGeneration(call_id=2)),
+            (30.0, ResumeMemory(call_id=3, tags=["weights"])),
+            (40.0, ResumeMemory(call_id=4, tags=["kv_cache"])),
+            (100.0, Shutdown()),
+        ]
+    ).run()
+    assert [what for _, what, *_ in house.device.done] == ["release", "resume", "resume"]
+    assert house.device.done[0][0] >= token_times(house, "a")[-1]
+    assert [(call, ok) for _, call, ok in house.replies()] == [
+        (1, True),
+        (2, False),
+        (3, True),
+        (4, True),
+    ]
+    assert token_times(house, "b")[0] > 40.0
+    assert house.ids("b") == house.ids("a")
+
+
+def test_a_policy_set_under_a_pause_decides_after_it():
+    policies = PolicyFactory(TABLE, None, 4, 32)
+    house = operating(
+        [
+            (0.0, PauseGeneration(call_id=1, mode="in_place")),
+            (1.0, SetPolicy(call_id=2, policy="turns")),
+            (2.0, ask("a")),
+            (9.0, ContinueGeneration(call_id=3)),
+            (50.0, Shutdown()),
+        ],
+        make_policy=policies.make,
+    ).run()
+    assert token_times(house, "a")[0] > 9.0
+    assert {run.partition for run in house.timeline.runs(Phase.PREFILL)} == {TABLE.whole}
+
+
+def test_limits_can_change_while_it_runs():
+    house = operating(
+        [
+            (0.0, PauseGeneration(call_id=1, mode="in_place")),
+            (1.0, SetInternalState(call_id=2, values={"max_queued_requests": 1})),
+            (2.0, ask("a")),
+            (3.0, ask("b")),
+            (9.0, ContinueGeneration(call_id=3)),
+            (50.0, Shutdown()),
+        ]
+    ).run()
+    assert house.ends() == {"a": "length", "b": "abort"}
+
+
+def test_parameters_can_be_read_while_requests_run():
+    house = operating(
+        [
+            (0.0, ask("a", max_new_tokens=8)),
+            (2.5, GetWeights(call_id=1, name="w", rows=2)),
+            (50.0, Shutdown()),
+        ]
+    ).run()
+    [(time_s, reply)] = house.tokenizer.sent
+    assert reply.data == {"values": ["w", "w"]}
+    assert time_s < token_times(house, "a")[-1]

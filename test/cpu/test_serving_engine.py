@@ -983,11 +983,14 @@ def test_seeds_are_kept_and_requests_without_one_get_different_ones():
         assert {wish.seed for wish in batch.samples} <= {given, first, second}
 
 
-def test_the_cache_can_only_be_reset_while_idle():
+def test_the_cache_can_only_be_reset_while_no_request_holds_memory():
     server = Server(Setup())
     server.ask("r", prompt_of(5), max_new_tokens=3)
-    with pytest.raises(AssertionError, match="1 requests in the engine"):
+    server.engine.reset_cache()
+    batch = begin(server)
+    with pytest.raises(AssertionError, match="cache reset under 1 sequences"):
         server.engine.reset_cache()
+    compute(server, batch)
     server.finish()
     server.engine.reset_cache()
     assert server.cache.allocator.available == server.cache.allocator.total

@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import json
 import re
+import shutil
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +26,8 @@ import yaml
 from sglang.srt.errors import ConfigError
 
 _METADATA_KEY = "flag"
+MIN_COLUMNS = 50
+MAX_COLUMNS = 120  # longer lines are hard to follow
 _SUFFIX_FACTOR = {
     "k": 10**3,
     "m": 10**6,
@@ -132,10 +136,15 @@ def _describe(field: dataclasses.Field[Any], annotation: Any) -> Flag:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Names all spellings of a flag before its value, which argparse would repeat for each."""
+    """As wide as the terminal, within reason. Names all spellings of a flag before its value,
+    which argparse would repeat for each, and breaks no flag in two."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
+        columns = min(max(shutil.get_terminal_size().columns, MIN_COLUMNS), MAX_COLUMNS)
+        super().__init__(prog, max_help_position=min(30, columns // 3), width=columns)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:

@@ -121,6 +121,91 @@ class SetPolicy(Message, frozen=True, tag=True, kw_only=True):
     policy: str
 
 
+class PauseGeneration(Message, frozen=True, tag=True, kw_only=True):
+    """Launches nothing from now on; the reply comes when nothing is in flight any more.
+
+    abort ends all requests. retract sends those that run back to the queue, so that they hold no
+    memory. in_place leaves them as they are.
+    """
+
+    call_id: int
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class ContinueGeneration(Message, frozen=True, tag=True, kw_only=True):
+    """Ends a pause."""
+
+    call_id: int
+
+
+class StartProfile(Message, frozen=True, tag=True, kw_only=True):
+    """Records what the scheduler's process does, see managers/profiling.py."""
+
+    call_id: int
+    output_dir: str
+    activities: list[str]
+    prefix: str = ""
+    start_step: int | None = None
+    num_steps: int | None = None
+    with_stack: bool = False
+    record_shapes: bool = False
+
+
+class StopProfile(Message, frozen=True, tag=True, kw_only=True):
+    """The reply comes when the trace is written; its data has the `path`."""
+
+    call_id: int
+
+
+class FreezeGarbage(Message, frozen=True, tag=True, kw_only=True):
+    """What lives now is left out of garbage collection; the scheduler tells the detokenizer."""
+
+    call_id: int
+
+
+class SetInternalState(Message, frozen=True, tag=True, kw_only=True):
+    """Changes settings by their flags' names; all of them or none."""
+
+    call_id: int
+    values: dict[str, Any] = {}
+
+
+class UpdateWeights(Message, frozen=True, tag=True, kw_only=True):
+    """Replaces the weights by those of another checkpoint of the same architecture.
+
+    Waits for running requests to end and lets no other start, unless generation is paused or
+    `abort_all` ends them. On failure the old weights stay.
+    """
+
+    call_id: int
+    model_path: str
+    load_format: str
+    abort_all: bool = False
+    flush_cache: bool = True
+
+
+class GetWeights(Message, frozen=True, tag=True, kw_only=True):
+    """The first `rows` rows of a parameter, as `values` in the reply's data."""
+
+    call_id: int
+    name: str
+    rows: int
+
+
+class ReleaseMemory(Message, frozen=True, tag=True, kw_only=True):
+    """Gives memory back, once nothing that runs needs it; nothing is launched from then on."""
+
+    call_id: int
+    tags: list[str]
+
+
+class ResumeMemory(Message, frozen=True, tag=True, kw_only=True):
+    """Takes it again; requests go on when all of it is back."""
+
+    call_id: int
+    tags: list[str]
+
+
 class Shutdown(Message, frozen=True, tag=True, kw_only=True):
     """The scheduler forwards it to the detokenizer; both leave their loops and exit 0."""
 
@@ -196,6 +281,18 @@ class Refused(Message, frozen=True, tag=True, kw_only=True):
     reason: str
 
 
+Operation = (
+    PauseGeneration
+    | ContinueGeneration
+    | StartProfile
+    | StopProfile
+    | FreezeGarbage
+    | SetInternalState
+    | UpdateWeights
+    | GetWeights
+    | ReleaseMemory
+    | ResumeMemory
+)
 ToScheduler = (
     GenerateRequest
     | AbortRequest
@@ -204,9 +301,10 @@ ToScheduler = (
     | GetState
     | GetTimeline
     | SetPolicy
+    | Operation
     | Shutdown
 )
-ToDetokenizer = TokenBatch | Shutdown
+ToDetokenizer = TokenBatch | FreezeGarbage | Shutdown
 ToTokenizer = TextBatch | ControlReply
 Handshake = Ready | Refused
 
@@ -218,6 +316,16 @@ ALL_MESSAGES: tuple[type[Message], ...] = (
     GetState,
     GetTimeline,
     SetPolicy,
+    PauseGeneration,
+    ContinueGeneration,
+    StartProfile,
+    StopProfile,
+    FreezeGarbage,
+    SetInternalState,
+    UpdateWeights,
+    GetWeights,
+    ReleaseMemory,
+    ResumeMemory,
     Shutdown,
     TokenBatch,
     TextBatch,

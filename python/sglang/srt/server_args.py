@@ -35,6 +35,8 @@ from sglang.srt.service_levels import ServiceLevels, checked_classes, problem_of
 from sglang.srt.upstream_flags import UNSUPPORTED_FLAGS
 from sglang.version import __version__
 
+PROG = "python -m sglang.launch_server"
+
 _MODEL = "Model"
 _HTTP = "HTTP server"
 _API = "API behaviour"
@@ -91,12 +93,20 @@ class ServerArgs:
     api_key: str | None = flag(
         None, "Key that clients send as a bearer token; open if not given.", group=_HTTP
     )
+    admin_api_key: str | None = flag(
+        None,
+        "Key of endpoints that change how the server runs, in place of --api-key.",
+        group=_HTTP,
+    )
     skip_server_warmup: bool = flag(
         False, "Report ready without serving a request to oneself first.", group=_HTTP
     )
 
     served_model_name: str | None = flag(
         None, "Name in /v1/models and in answers; the model path if not given.", group=_API
+    )
+    weight_version: str = flag(
+        "default", "Name of the weights, told with every answer of /generate.", group=_API
     )
     chat_template: str | None = flag(
         None, "Chat template, a Jinja file; the tokenizer's own if not given.", group=_API
@@ -334,12 +344,12 @@ class ServerArgs:
     slo_classes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_cli(cls, argv: Sequence[str]) -> ServerArgs:
+    def from_cli(cls, argv: Sequence[str], prog: str = PROG) -> ServerArgs:
         """Reads a command line (without the program's name) and the file of --config, if given.
 
         Prints and exits 0 for --help and --version. Raises ConfigError naming the flag.
         """
-        given = parse_known(make_parser(), argv, FLAGS, UNSUPPORTED_FLAGS)
+        given = parse_known(make_parser(prog), argv, FLAGS, UNSUPPORTED_FLAGS)
         config_path = given.pop("config", None)
         if config_path is not None:
             tables = {"slo_classes": checked_classes}
@@ -540,11 +550,11 @@ class ServerArgs:
 FLAGS: tuple[Flag, ...] = tuple(flags_of(ServerArgs))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The argparse parser of `python -m sglang.launch_server`."""
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The argparse parser of the command `prog`."""
     parser = build_parser(
         FLAGS,
-        prog="python -m sglang.launch_server",
+        prog=prog,
         usage="%(prog)s --model-path MODEL [flag ...]",
         description="Serve a language model over HTTP. Token counts may be written 4096 or 4K.",
     )

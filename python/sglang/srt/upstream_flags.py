@@ -7,7 +7,7 @@ A flag that becomes supported leaves this list; a test keeps the two apart.
 from __future__ import annotations
 
 _NAMES = """
-abort-on-priority-when-disabled admin-api-key asr-max-buffer-seconds asr-max-concurrent-sessions
+abort-on-priority-when-disabled asr-max-buffer-seconds asr-max-concurrent-sessions
 attention-context-parallel-size attn-cp-size batch-notify-size bf16-gemm-backend
 bucket-e2e-request-latency bucket-inter-token-latency bucket-time-to-first-token
 checkpoint-engine-wait-weights-before-ready collect-tokens-histogram completion-template
@@ -130,7 +130,7 @@ tokenizer-worker-num tool-call-parser tool-server torch-compile-max-bs torchao-c
 trace-modules triton-attention-num-kv-splits triton-attention-reduce-in-fp32
 triton-attention-split-tile-size use-ray uvicorn-access-log-exclude-prefixes warmups
 weight-loader-disable-mmap weight-loader-drop-cache-after-load
-weight-loader-prefetch-checkpoints weight-loader-prefetch-num-threads weight-version
+weight-loader-prefetch-checkpoints weight-loader-prefetch-num-threads
 """
 
 UNSUPPORTED_FLAGS = frozenset("--" + name for name in _NAMES.split())

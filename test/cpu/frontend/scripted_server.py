@@ -62,7 +62,8 @@ MAINS = {
 }
 
 if __name__ == "__main__":
-    from sglang.srt.entrypoints.http_server import Parts, launch
+    from sglang.srt.entrypoints.http_server import launch
+    from sglang.srt.entrypoints.start_up import Parts
     from sglang.srt.served_model import ServedModel
 
     mode, port = sys.argv[1], int(sys.argv[2])

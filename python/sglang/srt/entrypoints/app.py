@@ -36,8 +36,12 @@ def build_app(state: ServerState) -> FastAPI:
 
         app.include_router(metrics.router)
     error_forms.install(app)
-    if state.args.api_key is not None:
-        app.add_middleware(BearerAuth, api_key=state.args.api_key)
+    if state.args.api_key is not None or state.args.admin_api_key is not None:
+        app.add_middleware(
+            BearerAuth,
+            api_key=state.args.api_key,
+            admin_api_key=state.args.admin_api_key,
+        )
     app.add_middleware(
         CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
     )

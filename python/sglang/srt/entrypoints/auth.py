@@ -1,4 +1,10 @@
-"""--api-key: bearer tokens."""
+"""--api-key and --admin-api-key: bearer tokens, and who may do what.
+
+                 no keys   api key only   admin key only   both
+open paths       all       all            all              all
+other endpoints  all       api key        all              api key
+for admins       all       api key        admin key        admin key
+"""
 
 from __future__ import annotations
 
@@ -11,23 +17,65 @@ from sglang.srt.entrypoints.error_forms import JsonResponse
 
 # Load balancers and scrapers have no key.
 _OPEN_PATHS = ("/health", "/ready", "/metrics")
+# What changes how the server runs, or shows its weights.
+_FOR_ADMINS = frozenset(
+    {
+        "/abort_request",
+        "/configure_logging",
+        "/continue_generation",
+        "/flush_cache",
+        "/freeze_gc",
+        "/get_weights_by_name",
+        "/pause_generation",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "/set_internal_state",
+        "/start_profile",
+        "/stop_profile",
+        "/update_weight_version",
+        "/update_weights_from_disk",
+    }
+)
 
 
 class BearerAuth:
-    """ASGI middleware: 401 unless the request carries the key."""
+    """ASGI middleware: 401 without a key that is any good, 403 with the API key where the admin
+    key is asked for."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        admin_api_key: str | None,
+    ) -> None:
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._api_key = api_key
+        self._admin_api_key = admin_api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._allowed(scope):
+        status_code = self._refusal(scope) if scope["type"] == "http" else None
+        if status_code is None:
             await self._app(scope, receive, send)
-        else:
-            await JsonResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+            return
+        error = "Unauthorized" if status_code == 401 else "Forbidden: the admin key is needed"
+        await JsonResponse({"error": error}, status_code)(scope, receive, send)
 
-    def _allowed(self, scope: Scope) -> bool:
+    def _refusal(self, scope: Scope) -> int | None:
         if scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_PATHS):
-            return True
-        given = Headers(scope=scope).get("authorization", "")
-        return hmac.compare_digest(given.encode("latin-1"), self._expected)
+            return None
+        wanted = self._api_key
+        if self._admin_api_key is not None and scope["path"] in _FOR_ADMINS:
+            wanted = self._admin_api_key
+        if wanted is None or _carries(scope, wanted):
+            return None
+        known = wanted is not self._api_key and self._api_key and _carries(scope, self._api_key)
+        return 403 if known else 401
+
+
+def _carries(scope: Scope, key: str) -> bool:
+    headers = Headers(scope=scope)
+    given = headers.get("authorization", "").encode("latin-1")
+    short = headers.get("x-api-key", "").encode("latin-1")  # Anthropic's clients
+    wanted = key.encode()
+    return hmac.compare_digest(given, b"Bearer " + wanted) or hmac.compare_digest(short, wanted)

@@ -12,44 +12,20 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
 import uvloop
 
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.lifecycle import HttpServer, Lifecycle
-from sglang.srt.entrypoints.process_group import ChildSpec, ProcessGroup, StartFailed
+from sglang.srt.entrypoints.process_group import ProcessGroup, StartFailed
 from sglang.srt.entrypoints.server_state import ServerState
+from sglang.srt.entrypoints.start_up import Parts, default_parts, start_children
 from sglang.srt.errors import ConfigError
 from sglang.srt.ipc import IpcNames, ipc_directory
 from sglang.srt.logs import configure_logging
-from sglang.srt.managers.detokenizer_manager import run_detokenizer
-from sglang.srt.managers.prompts import Limits, PromptEncoder
-from sglang.srt.managers.request_log import RequestLog
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.observability.request_metrics import RequestMetrics
-from sglang.srt.served_model import ServedModel, load_served_model
 from sglang.srt.server_args import ServerArgs
-
-SCHEDULER = "sglang::scheduler"
-DETOKENIZER = "sglang::detokenizer"
-
-START_LIMIT_S = 3600.0  # a large model from a slow disk, kernels compiled from scratch
-
-SchedulerMain = Callable[[ServerArgs, IpcNames, int, Connection], None]
-DetokenizerMain = Callable[[ServerArgs, IpcNames, Connection], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a server is made of. The mains run in children and must be importable by name."""
-
-    scheduler: SchedulerMain
-    detokenizer: DetokenizerMain = run_detokenizer
-    load_model: Callable[[ServerArgs], ServedModel] = load_served_model
 
 
 class _Interrupted(BaseException):
@@ -63,9 +39,7 @@ def launch(args: ServerArgs, parts: Parts | None = None) -> int:
     """
     configure_logging(args.log_level)
     if parts is None:
-        from sglang.srt.managers.scheduler import run_scheduler
-
-        parts = Parts(run_scheduler)
+        parts = default_parts()
     started_s = time.monotonic()
     group = ProcessGroup()
     try:
@@ -89,24 +63,7 @@ def _run(
     ipc: IpcNames,
     started_s: float,
 ) -> int:
-    group.spawn(
-        [
-            ChildSpec(SCHEDULER, parts.scheduler, (args, ipc, 0), args.log_level),
-            ChildSpec(DETOKENIZER, parts.detokenizer, (args, ipc), args.log_level),
-        ]
-    )
-    model = parts.load_model(args)
-    infos = group.wait_ready(START_LIMIT_S)
-    manager = TokenizerManager(
-        PromptEncoder(
-            model.tokenizer,
-            Limits(model.vocab_size, model.context_length, args.allow_auto_truncate),
-        ),
-        ipc,
-        log=RequestLog(args.log_requests_level) if args.log_requests else None,
-        metrics=RequestMetrics() if args.enable_metrics else None,
-    )
-    state = ServerState(args, manager, model, infos[SCHEDULER])
+    state = start_children(args, parts, group, ipc)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(state, group, listener, ipc, started_s))
 

@@ -31,6 +31,11 @@ async def read_object(request: Request, *, typed: bool = False) -> dict[str, Any
     return body
 
 
+async def read_optional_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object; {} if there is none."""
+    return await read_object(request) if await request.body() else {}
+
+
 def checked(model: type[B], body: dict[str, Any]) -> B:
     """Validates a body. Raises RequestError naming the first field at fault."""
     try:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from sglang.srt.entrypoints.process_group import ChildDeath, ProcessGroup
 from sglang.srt.entrypoints.server_state import Phase, ServerState
+from sglang.srt.entrypoints.start_up import end_children
 from sglang.srt.errors import SglangError
 from sglang.srt.ipc import IpcNames, remove_ipc_directory
 from sglang.srt.managers.prompts import Prompt
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_LIMIT_S = 60.0  # how long SIGTERM waits for requests in flight
 _CRASH_EXIT_LIMIT_S = 4.0
-_CHILD_EXIT_LIMIT_S = 10.0
 _GOODBYE_LIMIT_S = 2  # for responses to reach their clients once nothing is in flight
 _SERVER_GONE = "the server is shutting down"
 
@@ -102,7 +102,7 @@ class Lifecycle:
         self._manager.fail_all(self._crash or _SERVER_GONE)
         self._server.should_exit = True
         await asyncio.wait([serving], timeout=2 * _GOODBYE_LIMIT_S)
-        await self._end_children()
+        await end_children(self._manager, self._group, in_order=self._crash is None)
         await self._manager.close()
         return 0 if self._crash is None else 1
 
@@ -168,14 +168,6 @@ class Lifecycle:
         self._group.kill()
         remove_ipc_directory(self._ipc)
         os._exit(exit_code)
-
-    async def _end_children(self) -> None:
-        self._group.expect_exit()
-        if self._crash is None:
-            self._manager.send_shutdown()
-            if not await asyncio.to_thread(self._group.join, _CHILD_EXIT_LIMIT_S):
-                logger.warning("children must be killed: %s", self._group.exit_codes())
-        await asyncio.to_thread(self._group.kill)
 
 
 async def _any(*waits: Awaitable[object], timeout_s: float) -> None:

@@ -117,29 +117,46 @@ class GenerateBody(LogprobFields):
     slo: Any = None  # ServiceLevels says what it may be
 
 
+class Generation:
+    """A /generate body and what it asks for; whoever serves it iterates `updates`, once.
+
+    Raises RequestError naming the field at fault.
+    """
+
+    def __init__(self, state: ServerState, fields: dict[str, Any]) -> None:
+        body = checked(GenerateBody, without_unsupported(fields, NEUTRAL, INFORMATIONAL))
+        prompts, batched = prompts_of(body, state)
+        self.stream = body.stream
+        self.several = batched or sum(prompt.sampling.n for prompt in prompts) > 1
+        self.updates = state.manager.generate(
+            prompts,
+            rid=body.rid,
+            stream=body.stream,
+            background=body.background,
+            logged=not body.no_logs,
+        )
+        self.form = ResultForm(state, body, self.several)
+
+    async def collect(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """All answers, finished. Raises Aborted for one that the engine has refused."""
+        results: dict[int, dict[str, Any]] = {}
+        async with aclosing(self.updates) as updates:
+            async for update in updates:
+                raise_if_refused(update.answer.finish)
+                results[update.answer.index] = self.form.result(update)
+        ordered = [results[index] for index in sorted(results)]
+        return ordered if self.several else ordered[0]
+
+
 @router.api_route("/generate", methods=["POST", "PUT"])
 async def generate(request: Request) -> Response:
-    state = state_of(request)
-    raw = without_unsupported(await read_object(request), NEUTRAL, INFORMATIONAL)
-    body = checked(GenerateBody, raw)
-    prompts, batched = prompts_of(body, state)
-    several = batched or sum(prompt.sampling.n for prompt in prompts) > 1
-    updates = state.manager.generate(
-        prompts,
-        rid=body.rid,
-        stream=body.stream,
-        background=body.background,
-        logged=not body.no_logs,
-    )
-    form = _Form(state, body, several)
-
-    if body.stream:
+    generation = Generation(state_of(request), await read_object(request))
+    if generation.stream:
         # Of several answers one may be refused: its own event says so.
-        check = _accept_any if several else raise_if_update_refused
-        return EventStream(_events(await begin(request, updates, check), form))
-
-    results = await unless_client_leaves(request, _collect(updates, form))
-    return JsonResponse(results if several else results[0])
+        check = _accept_any if generation.several else raise_if_update_refused
+        updates = await begin(request, generation.updates, check)
+        return EventStream(_events(updates, generation.form))
+    return JsonResponse(await unless_client_leaves(request, generation.collect()))
 
 
 def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bool]:
@@ -197,7 +214,7 @@ def meta_info(answer: Answer) -> dict[str, Any]:
         "cached_tokens": answer.cached_tokens,
         "reasoning_tokens": 0,
         "num_retractions": answer.retractions,
-        "weight_version": "default",
+        "weight_version": answer.weight_version,
         "dp_rank": None,
     }
     if answer.e2e_latency_s is not None:
@@ -226,7 +243,7 @@ def _accept_any(update: Update) -> None:
     pass
 
 
-class _Form:
+class ResultForm:
     """How this call's results look."""
 
     def __init__(self, state: ServerState, body: GenerateBody, several: bool) -> None:
@@ -254,7 +271,7 @@ class _Form:
 
 
 async def _events(
-    updates: AsyncGenerator[Update, None], form: _Form
+    updates: AsyncGenerator[Update, None], form: ResultForm
 ) -> AsyncGenerator[bytes, None]:
     async with aclosing(updates):
         try:
@@ -263,15 +280,6 @@ async def _events(
         except (RequestError, Overloaded, EngineFailed) as error:
             yield event(native_event_of(error))
         yield DONE
-
-
-async def _collect(updates: AsyncGenerator[Update, None], form: _Form) -> list[dict[str, Any]]:
-    results: dict[int, dict[str, Any]] = {}
-    async with aclosing(updates):
-        async for update in updates:
-            raise_if_refused(update.answer.finish)
-            results[update.answer.index] = form.result(update)
-    return [results[index] for index in sorted(results)]
 
 
 def _each(field: str, value: Any, count: int) -> list[Any]:

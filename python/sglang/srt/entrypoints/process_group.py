@@ -75,11 +75,12 @@ class _Child(msgspec.Struct, eq=False):
 def undisturbed() -> Iterator[None]:
     """SIGINT and SIGTERM come at its end, and a process that is started begins with both blocked.
 
-    Only for the main thread, whose handlers run whichever thread the kernel has chosen: to block a
-    signal there is not enough.
+    The main thread's handlers run whichever thread the kernel has chosen: to block a signal there
+    is not enough. Another thread is never interrupted by them, so that it only blocks.
     """
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in _ENDING}
+    in_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _ENDING} if in_main else {}
     for number, handler in handlers.items():
         if handler is not None:  # else not Python's to restore
             signal.signal(number, lambda number, frame: came.append(number))
@@ -96,8 +97,8 @@ def undisturbed() -> Iterator[None]:
 
 
 class ProcessGroup:
-    """Starts and ends the children. Start it from the main thread: a child's link to its
-    parent is a link to the thread that started it."""
+    """Starts and ends the children. Start it from a thread that stays, such as the main thread: a
+    child's link to its parent is a link to the thread that started it."""
 
     def __init__(self) -> None:
         self._children: list[_Child] = []
@@ -152,6 +153,11 @@ class ProcessGroup:
         for child in self._children:
             child.process.join(max(0.0, deadline - time.monotonic()))
         return all(child.process.exitcode is not None for child in self._children)
+
+    def pids(self) -> list[int]:
+        """Of those that run."""
+        running = (child.process for child in self._children if child.process.exitcode is None)
+        return [process.pid for process in running if process.pid is not None]
 
     def exit_codes(self) -> dict[str, int | None]:
         return {child.name: child.process.exitcode for child in self._children}

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from fastapi import Request
 
+from sglang.srt.entrypoints.engine_controls import EngineControls
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.served_model import ServedModel
 from sglang.srt.server_args import ServerArgs
@@ -32,8 +33,11 @@ class ServerState:
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
     startup_s: float | None = None
     levels: ServiceLevels = field(init=False)
+    controls: EngineControls = field(init=False)
 
     def __post_init__(self) -> None:
+        self.manager.weight_version = self.args.weight_version
+        self.controls = EngineControls(self.manager, self.args.model_path, self.args.load_format)
         self.levels = self.args.service_levels()
 
 

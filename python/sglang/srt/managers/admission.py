@@ -140,6 +140,20 @@ class PromptAdmission:
             return
         self._futile = None
 
+    def give_up_half_filled(self) -> Request | None:
+        """The half-filled prompt, if there is one, holds nothing and does not wait any more."""
+        partial = self._partial
+        if partial is not None:
+            self._partial = None
+            self._prompts.remove(partial)
+            self.release(partial)
+        return partial
+
+    def set_conservativeness(self, conservativeness: float) -> None:
+        """See --schedule-conservativeness."""
+        self._reserve_ratio = min(1.0, RESERVE_RATIO * conservativeness)
+        self._futile = None
+
     def filling_changed(self, filling: Sequence[Request]) -> None:
         """Batches in flight now compute these prompts: others may wait for them, or no longer."""
         self._prompts.defer_behind(self._with_partial(filling))

@@ -32,6 +32,7 @@ class Answer(msgspec.Struct, eq=False):
     cached_tokens: int = 0
     completion_tokens: int = 0
     retractions: int = 0
+    weight_version: str = "default"
     finish: FinishReason | None = None
     finished_s: float | None = None
     logprobs: AnswerLogprobs | None = None

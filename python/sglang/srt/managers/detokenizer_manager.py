@@ -10,7 +10,13 @@ import zmq
 
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
 from sglang.srt.managers.detokenizer import BatchDecode, IncrementalDetokenizer
-from sglang.srt.messages import Shutdown, StopMatched, ToDetokenizer, TokenBatch
+from sglang.srt.messages import (
+    FreezeGarbage,
+    Shutdown,
+    StopMatched,
+    ToDetokenizer,
+    TokenBatch,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -21,7 +27,7 @@ class DetokenizerManager:
 
     def __init__(self, context: zmq.Context[Any], ipc: IpcNames, decode: BatchDecode | None):
         self._detokenizer = IncrementalDetokenizer(decode)
-        self._inbox: Receiver[TokenBatch | Shutdown] = Receiver(
+        self._inbox: Receiver[TokenBatch | FreezeGarbage | Shutdown] = Receiver(
             context, ipc.detokenizer, ToDetokenizer
         )
         self._to_tokenizer = Sender(context, ipc.tokenizer)
@@ -34,7 +40,11 @@ class DetokenizerManager:
                 for message in self._inbox.recv_all():
                     if isinstance(message, Shutdown):
                         return
-                    self._handle(message)
+                    if isinstance(message, FreezeGarbage):
+                        gc.collect()
+                        gc.freeze()
+                    else:
+                        self._handle(message)
         finally:
             for end in (self._inbox, self._to_tokenizer, self._to_scheduler):
                 end.close()

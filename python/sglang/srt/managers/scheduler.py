@@ -5,6 +5,7 @@ The loop, on one thread that owns all state and never blocks on a lane:
     receive   messages from the tokenizer manager and the detokenizer, and compiled grammars
     turn      settle what has finished, send new tokens to the detokenizer, plan, launch
               (drift_scheduler.gang)
+    advance   operations that have become safe
     send      first tokens that the launch has set free
     control   answers to calls that waited for the engine to be idle
     rest      until a message arrives or work finishes
@@ -31,6 +32,7 @@ from sglang.srt.errors import Overloaded
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
 from sglang.srt.managers.cycle_collector import CycleCollector, undisturbed
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
+from sglang.srt.managers.operations import Device, Operations
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
@@ -42,6 +44,7 @@ from sglang.srt.messages import (
     GetState,
     GetTimeline,
     Message,
+    Operation,
     SetPolicy,
     Shutdown,
     StopMatched,
@@ -93,6 +96,7 @@ class Scheduler:
         attainment: Attainment,
         collector: CycleCollector,
         make_policy: Callable[[str], Dispatcher] = fixed_policy,
+        device: Device | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -111,6 +115,17 @@ class Scheduler:
         self._collector = collector
         self._make_policy = make_policy
         self._clock = clock
+        self._operations = Operations(
+            engine,
+            gang,
+            lanes.table,
+            device,
+            reply=to_tokenizer.send,
+            tell_detokenizer=to_detokenizer.send,
+            beat=watchdog.beat,
+            counted_runs=timeline.counted_runs,
+            clock=clock,
+        )
         self._flushes: list[_PendingFlush] = []
         self._checked_idle = False
         self._running = True
@@ -122,12 +137,17 @@ class Scheduler:
             if not self._running:
                 return
             progressed = self._gang.turn()
-            if progressed or self._engine.idle or self._engine.only_compiles:
+            self._operations.advance()
+            if progressed or self._nothing_to_do():
                 self._watchdog.beat()
             self._send()
             self._control()
             if not progressed:
                 self._rest()
+
+    def _nothing_to_do(self) -> bool:
+        engine = self._engine
+        return engine.idle or engine.only_compiles or self._operations.at_rest
 
     def load(self) -> Load:
         """For the log lines. Cached prefixes that can be evicted do not count as used."""
@@ -163,6 +183,8 @@ class Scheduler:
                 self._to_tokenizer.send(self._timeline_page(message))
             case SetPolicy():
                 self._to_tokenizer.send(self._set_policy(message))
+            case _ if isinstance(message, Operation):
+                self._operations.take(message)
             case Shutdown():
                 self._running = False
                 self._to_detokenizer.send(message)
@@ -181,7 +203,7 @@ class Scheduler:
             self._engine.check()
         self._checked_idle = idle
         for flush in list(self._flushes):
-            if idle:
+            if idle or self._operations.may_flush:
                 self._engine.reset_cache()
                 reply = ControlReply(call_id=flush.call_id, ok=True, message="Cache flushed.")
             elif self._clock() >= flush.deadline_s:
@@ -206,7 +228,7 @@ class Scheduler:
     def _set_policy(self, asked: SetPolicy) -> ControlReply:
         """What is in flight goes on; the next turn is the new policy's."""
         try:
-            self._gang.dispatcher = self._make_policy(asked.policy)
+            self._operations.use(self._make_policy(asked.policy))
         except ValueError as error:
             return ControlReply(call_id=asked.call_id, ok=False, message=str(error))
         self._timeline.policy_changed(asked.policy, self._clock())
@@ -240,6 +262,9 @@ class Scheduler:
             "last_gen_throughput": self._log.gen_throughput,
             "running_requests": load.running,
             "waiting_requests": load.queued,
+            "waiting_tokens": self._engine.waiting_tokens,
+            "paused": self._operations.paused,
+            "memory_usage": self._operations.usage(),
             "used_tokens": load.used_tokens,
             "token_usage": load.token_usage,
             "cached_tokens": self._cache.radix.evictable + self._cache.radix.protected,
@@ -321,6 +346,7 @@ def run_scheduler(server_args: ServerArgs, ipc: IpcNames, rank: int, ready: Conn
             attainment=attainment,
             collector=CycleCollector(),
             make_policy=executor.policies.make,
+            device=executor.live_model,
         )
         parts.timeline.policy_changed(server_args.policy().text, time.monotonic())
         pool_tokens = parts.cache.allocator.total

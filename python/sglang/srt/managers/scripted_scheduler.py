@@ -28,6 +28,7 @@ from sglang.srt.messages import (
     GenerateRequest,
     GetState,
     GetTimeline,
+    Operation,
     SetPolicy,
     Shutdown,
     StopMatched,
@@ -95,7 +96,8 @@ class ScriptedScheduler:
     cached_tokens: asked at each sending what to say of the prefix cache.
     received: every GenerateRequest. aborted: rids of AbortRequests that ended something.
     timeline: what it says its lanes did; nothing but what is put there. policies: the names that
-    it takes.
+    it takes. operations: those that came; each succeeds, and its reply has the operation_data of
+    its kind.
     """
 
     policies = ("turns", "table")
@@ -114,6 +116,8 @@ class ScriptedScheduler:
         self.received: list[GenerateRequest] = []
         self.aborted: list[str] = []
         self.stopped: list[str] = []
+        self.operations: list[Operation] = []
+        self.operation_data: dict[type[Operation], dict[str, Any]] = {}
         self.timeline = Timeline()
         self.timeline.policy_changed("turns", time.monotonic())
         self._running: dict[str, _Running] = {}
@@ -173,6 +177,11 @@ class ScriptedScheduler:
                 self._to_tokenizer.send(self._timeline_page(message))
             case SetPolicy():
                 self._to_tokenizer.send(self._set_policy(message))
+            case _ if isinstance(message, Operation):
+                self.operations.append(message)
+                data = self.operation_data.get(type(message), {})
+                reply = ControlReply(call_id=message.call_id, ok=True, message="Done.", data=data)
+                self._to_tokenizer.send(reply)
 
     def _timeline_page(self, asked: GetTimeline) -> ControlReply:
         page = self.timeline.page(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -207,10 +208,34 @@ class ServingEngine:
         if request is not None:
             self._end(request, FinishReason(type="stop"))
 
+    @property
+    def holds_memory(self) -> bool:
+        """Whether any request has slots; not those that only wait."""
+        return self._cache.num_open > 0
+
     def reset_cache(self) -> None:
-        """Forgets every cached prefix. Only while idle."""
-        assert self.idle, f"cache reset with {len(self._by_rid)} requests in the engine"
+        """Forgets every cached prefix. Only while no request holds memory."""
+        assert not self.holds_memory, f"cache reset under {self._cache.num_open} sequences"
         self._cache.radix.reset()
+        self._admission.prompts_completed()
+
+    def send_held_tokens(self) -> None:
+        """First tokens that wait for a step which may not come soon."""
+        self._send(self._first_tokens.release())
+
+    def retract_all(self) -> None:
+        """Sends back to the queue whoever holds memory. Only with nothing in flight."""
+        for request in reversed(self._running.members):
+            self._retract(request)
+        half_filled = self._admission.give_up_half_filled()
+        if half_filled is not None:
+            half_filled.launched_output = len(half_filled.output)
+            self._admission.add(half_filled, self._filling())
+
+    def set_limits(self, **changes: float | int | None) -> None:
+        """Fields of EngineLimits that may change while it runs: max_queued, conservativeness."""
+        self._limits = replace(self._limits, **changes)  # type: ignore[arg-type]
+        self._admission.set_conservativeness(self._limits.conservativeness)
 
     def check(self) -> None:
         """Asserts that every slot and row is accounted for exactly once, and that of those who

@@ -74,6 +74,10 @@ class TokenizerManager:
         self._idle = asyncio.Event()
         self._idle.set()
         self._heard = asyncio.Event()
+        self.weight_version = "default"
+        """Told with every answer."""
+        self.refusal: str | None = None
+        """Why requests are refused at present, though the server goes on."""
 
     async def start(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -97,6 +101,11 @@ class TokenizerManager:
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def failed(self) -> bool:
+        """Whether everything has been ended with an error."""
+        return self._failure is not None
 
     async def generate(
         self,
@@ -168,12 +177,12 @@ class TokenizerManager:
 
     async def flush_cache(self, timeout_s: float) -> ControlReply:
         """Empties the prefix cache. Raises TimeoutError if the engine says nothing."""
-        return await self._ask(
+        return await self.ask(
             lambda call_id: FlushCache(call_id=call_id, timeout_s=timeout_s), timeout_s + 10
         )
 
     async def engine_state(self, timeout_s: float = 10) -> ControlReply:
-        return await self._ask(lambda call_id: GetState(call_id=call_id), timeout_s)
+        return await self.ask(lambda call_id: GetState(call_id=call_id), timeout_s)
 
     async def timeline(self, seconds: float, timeout_s: float = 10) -> TimelineWindow:
         """What the lanes ran in the last `seconds`, as far as it is kept.
@@ -183,7 +192,7 @@ class TokenizerManager:
         pages: list[TimelinePage] = []
         ask = partial(GetTimeline, seconds=seconds)
         while True:
-            reply = await self._ask(partial(_with_call_id, ask), timeout_s)
+            reply = await self.ask(partial(_with_call_id, ask), timeout_s)
             page = msgspec.convert(reply.data["page"], TimelinePage)
             pages.append(page)
             if page.next_run >= pages[0].end_run and page.next_sample >= pages[0].end_sample:
@@ -192,9 +201,7 @@ class TokenizerManager:
 
     async def set_policy(self, policy: str, timeout_s: float = 10) -> None:
         """Hands the lanes to another policy. Raises RequestError if there is none of that name."""
-        reply = await self._ask(
-            lambda call_id: SetPolicy(call_id=call_id, policy=policy), timeout_s
-        )
+        reply = await self.ask(lambda call_id: SetPolicy(call_id=call_id, policy=policy), timeout_s)
         if not reply.ok:
             raise RequestError(f"policy: {reply.message}", "policy")
 
@@ -216,6 +223,10 @@ class TokenizerManager:
             heard.cancel()
             answered.cancel()
             await asyncio.gather(heard, answered, return_exceptions=True)
+
+    def use_log(self, log: RequestLog | None) -> None:
+        """From now on requests are logged there, or nowhere."""
+        self._log = log
 
     def stop_accepting(self) -> None:
         """From now on `generate` raises Overloaded; what is in flight goes on."""
@@ -243,6 +254,8 @@ class TokenizerManager:
             raise EngineFailed(self._failure)
         if not self._accepting:
             raise Overloaded("the server is shutting down")
+        if self.refusal is not None:
+            raise Overloaded(self.refusal)
 
     def _check_unused(self, names: Sequence[str]) -> None:
         for name in names:
@@ -279,7 +292,11 @@ class TokenizerManager:
     def _send(self, message: Message) -> None:
         self._to_scheduler.send(message)
 
-    async def _ask(self, make: Callable[[int], Message], timeout_s: float) -> ControlReply:
+    async def ask(self, make: Callable[[int], Message], timeout_s: float) -> ControlReply:
+        """Sends a control message, made of a call_id, and waits for its reply.
+
+        Raises TimeoutError if none comes, EngineFailed if the engine dies.
+        """
         if self._failure is not None:
             raise EngineFailed(self._failure)
         self._calls_made += 1
@@ -314,6 +331,7 @@ class TokenizerManager:
                 continue
             call, answer = entry
             answer.take(batch, i, now_s)
+            answer.weight_version = self.weight_version
             if self.metrics is not None:
                 self.metrics.took(answer, len(batch.new_ids[i]), now_s)
             if answer.finish is not None:

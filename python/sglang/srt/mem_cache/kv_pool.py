@@ -26,8 +26,24 @@ class DeviceKVPool:
     ) -> None:
         shape = (num_layers, num_slots, kv_heads, head_dim)
         self.num_slots = num_slots
-        self.keys = _zeros(shape, dtype, torch.device(device))
-        self.values = _zeros(shape, dtype, torch.device(device))
+        self._shape, self._dtype, self._device = shape, dtype, torch.device(device)
+        self.restore()
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def release(self) -> None:
+        """Gives the memory back. No launch may run, and no graph that holds its address, until
+        `restore` has taken other memory in its place."""
+        nothing = torch.empty(0, dtype=self._dtype, device=self._device)
+        self.keys = self.values = nothing
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def restore(self) -> None:
+        """Memory for all slots, of zeros."""
+        self.keys = _zeros(self._shape, self._dtype, self._device)
+        self.values = _zeros(self._shape, self._dtype, self._device)
         self._layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -24,6 +26,7 @@ from sglang.srt.model_executor.lane_kernels import (
     kernels_by_lane,
     matmuls_by_lane,
 )
+from sglang.srt.model_executor.live_model import LiveModel
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.warm_up import take_memory, take_pinned_memory, warm_up
 from sglang.srt.model_loader import load_model
@@ -57,6 +60,7 @@ class Executor:
     latencies: Latencies | None
     clock_reader: NvmlClock | None
     runner: ModelRunner
+    live_model: LiveModel
     kv_pool: DeviceKVPool
     num_slots: int
     num_rows: int
@@ -127,13 +131,15 @@ def bring_up(args: ServerArgs) -> Executor:
         device=device,
         num_rows=num_rows,
     )
+    capture: Callable[[], None] | None = None
     if on_gpu:
         torch.cuda.synchronize(device)
         warm_up(runner, lanes, num_slots=num_slots, context_length=config.context_length)
         if backend != "torch_native" and not args.disable_cuda_graph:
             from sglang.srt.model_executor.graph_capture import capture_graphs
 
-            capture_graphs(
+            capture = partial(
+                capture_graphs,
                 runner,
                 lanes,
                 pool,
@@ -141,6 +147,7 @@ def bring_up(args: ServerArgs) -> Executor:
                 max_tokens=prefill_tokens,
                 fuses=fuses,
             )
+            capture()
     logger.info(
         "KV pool: %d tokens, %.2f GB; attention: %s; up to %d requests at once",
         num_slots - args.page_size,
@@ -182,6 +189,7 @@ def bring_up(args: ServerArgs) -> Executor:
         latencies=latencies,
         clock_reader=clock_reader,
         runner=runner,
+        live_model=LiveModel(args, model, source, runner, pool, capture),
         kv_pool=pool,
         num_slots=num_slots,
         num_rows=num_rows,

@@ -133,6 +133,11 @@ class ModelRunner:
         prefill lane, or none."""
         self.prefill_graphs = dict(graphs)
 
+    def drop_graphs(self) -> None:
+        """Gives back the graphs and their memory; work runs kernel by kernel again."""
+        self.graphs = None
+        self.prefill_graphs = {}
+
     def update_slot_table(self, index: torch.Tensor, slots: torch.Tensor) -> None:
         """index [n] i64 into the flattened table, slots [n]."""
         self.slot_table.view(-1)[index] = slots.to(torch.int32)

@@ -1,5 +1,5 @@
 """Fills models with weights."""
 
-from sglang.srt.model_loader.loader import load_model
+from sglang.srt.model_loader.loader import fill_model, load_model, read_weights
 
-__all__ = ["load_model"]
+__all__ = ["fill_model", "load_model", "read_weights"]

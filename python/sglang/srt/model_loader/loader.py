@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -29,12 +30,7 @@ def load_model(
     """
     start_s = time.perf_counter()
     model = build_model(config, device)
-    if source.weight_format == "dummy":
-        _fill_randomly(model, seed)
-    elif source.gguf_file is not None:
-        model.load_weights(iterate_gguf(source.gguf_file, config))
-    else:
-        model.load_weights(iterate_safetensors(source.folder))
+    fill_model(model, source, config, seed=seed)
     weight_bytes = sum(tensor.nbytes for tensor in model.named_parameters().values())
     logger.info(
         "Loaded %s as %s: %.2f GB of %s weights on %s in %.1f s",
@@ -46,6 +42,21 @@ def load_model(
         time.perf_counter() - start_s,
     )
     return model
+
+
+def fill_model(model: Decoder, source: ModelSource, config: ModelConfig, *, seed: int = 0) -> None:
+    """Writes the weights of `source` to a model's parameters. Raises ConfigError as load_model."""
+    if source.weight_format == "dummy":
+        _fill_randomly(model, seed)
+    else:
+        model.load_weights(read_weights(source, config))
+
+
+def read_weights(source: ModelSource, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, CPU tensor) one at a time. Raises ConfigError."""
+    if source.gguf_file is not None:
+        return iterate_gguf(source.gguf_file, config)
+    return iterate_safetensors(source.folder)
 
 
 def _fill_randomly(model: Decoder, seed: int) -> None:
