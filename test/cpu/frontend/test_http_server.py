@@ -155,16 +155,21 @@ class TestGenerate:
         server.engine.says_forever("word after word")
         body = {
             "text": "Hi",
-            "sampling_params": {"max_new_tokens": 40},
+            "sampling_params": {"max_new_tokens": 100_000},
             "background": background,
             "no_logs": True,
             "stream": True,
+            "rid": "left",
         }
         with server.client.stream("POST", "/generate", json=body) as response:
             next(response.iter_lines())
+        if background:
+            server.client.post("/generate", json={"text": "Hi", "sampling_params": {"n": 2}})
             assert server.state.manager.in_flight == 1
+            assert not server.engine.scheduler.aborted
+            server.client.post("/abort_request", json={"rid": "left"})
+        until(lambda: server.engine.scheduler.aborted)
         until(lambda: server.state.manager.in_flight == 0)
-        assert bool(server.engine.scheduler.aborted) == (not background)
 
     @pytest.mark.parametrize("flipped", [False, True])
     def test_a_priority_becomes_a_rank(self, serve: Any, flipped: bool) -> None:
