@@ -155,13 +155,14 @@ class TestGenerate:
         server.engine.says_forever("word after word")
         body = {
             "text": "Hi",
-            "sampling_params": {"max_new_tokens": 100_000},
+            "sampling_params": {"max_new_tokens": 500},
             "background": background,
             "no_logs": True,
             "stream": True,
             "rid": "left",
         }
         with server.client.stream("POST", "/generate", json=body) as response:
+            assert response.status_code == 200, response.read()
             next(response.iter_lines())
         if background:
             server.client.post("/generate", json={"text": "Hi", "sampling_params": {"n": 2}})
