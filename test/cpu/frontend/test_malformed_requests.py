@@ -53,7 +53,7 @@ NATIVE: list[tuple[str, Any]] = [
     ("repetition_penalty", sampling(repetition_penalty=3)),
     ("n", sampling(n=0)),
     ("n", sampling(n=1_000_000)),
-    ("regex", sampling(regex="[a-z]+")),
+    ("ebnf", sampling(regex="[a-z]+", ebnf="root ::= 'a'")),
     ("temprature", sampling(temprature=1)),
     ("sampling_params", {"text": "a", "sampling_params": "hot"}),
     ("sampling_params", {"text": ["a", "b"], "sampling_params": [{}]}),
