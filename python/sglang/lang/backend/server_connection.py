@@ -34,7 +34,7 @@ class ServerConnection:
         self._http = httpx.Client(
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
-            verify=_certificates(verify),
+            verify=_certificates(verify) if base_url.startswith("https:") else False,
             timeout=httpx.Timeout(answer_limit_s, connect=CONNECT_LIMIT_S),
             limits=httpx.Limits(max_connections=None),  # every running program has one
         )
