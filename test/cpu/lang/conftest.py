@@ -28,7 +28,8 @@ class Refusal(Exception):
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """script: from the body of a /generate call to its answer; a list of events if it streams."""
+    """script: from the body of a /generate call to its answer; a list of events if it streams.
+    other: from a path to its answer, or to a script for its calls."""
 
     daemon_threads = True
 
@@ -99,14 +100,17 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.server.lock:
             self.server.calls.append(("POST", self.path))
+        script = self.server.script
         if self.path in self.server.other:
-            self._send(200, self.server.other[self.path])
-            return
+            script = self.server.other[self.path]
+            if not callable(script):
+                self._send(200, script)
+                return
         body = json.loads(raw)
         with self.server.lock:
             self.server.bodies.append(body)
         try:
-            reply = self.server.script(body)
+            reply = script(body)
         except Refusal as refusal:
             self._send(refusal.status, refusal.body)
             return
@@ -123,7 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _stream(self, events: Iterator[Any]) -> None:
-        """An event that is a string is sent as it is; the script sends [DONE] itself."""
+        """A string is sent as it is, a pair is an event's name and data, anything else JSON. The
+        script sends [DONE] itself."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
@@ -131,8 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             for event in events:
-                data = event if isinstance(event, str) else json.dumps(event)
-                self.wfile.write(f"data: {data}\n\n".encode())
+                name, payload = event if isinstance(event, tuple) else (None, event)
+                data = payload if isinstance(payload, str) else json.dumps(payload)
+                head = f"event: {name}\n" if name is not None else ""
+                self.wfile.write(f"{head}data: {data}\n\n".encode())
                 self.wfile.flush()
         except (BrokenPipeError, ConnectionResetError):
             pass

@@ -82,7 +82,11 @@ class Anthropic(BaseBackend):
             request["system"] = system
         if params.stop:
             request["stop_sequences"] = list(params.stop)
-        for name in ("temperature", "top_p", "top_k"):
-            if getattr(params, name) != getattr(SglSamplingParams, name):
-                request[name] = getattr(params, name)
+        changed = {
+            name: getattr(params, name)
+            for name in ("temperature", "top_p", "top_k")
+            if getattr(params, name) != getattr(SglSamplingParams, name)
+        }
+        if changed:  # newer clients have no arguments for them, but older models the fields
+            request["extra_body"] = changed
         return request
