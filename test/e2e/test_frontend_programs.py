@@ -74,9 +74,9 @@ def test_the_client_s_template_is_the_model_s(
 def two_turns(s, first, second):
     s += sgl.system("You are a helpful assistant who answers briefly.")
     s += sgl.user(first)
-    s += sgl.assistant(sgl.gen("one", max_tokens=24))
+    s += sgl.assistant(sgl.gen("one", max_tokens=16))
     s += sgl.user(second)
-    s += sgl.assistant(sgl.gen("two", max_tokens=24))
+    s += sgl.assistant(sgl.gen("two", max_tokens=16))
 
 
 def test_a_conversation_is_that_of_the_chat_api_and_reuses_its_first_turn(client: Any) -> None:
@@ -84,7 +84,7 @@ def test_a_conversation_is_that_of_the_chat_api_and_reuses_its_first_turn(client
     messages = state.messages()
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     for turn, name in ((2, "one"), (4, "two")):
-        body = {"model": "m", "temperature": 0, "max_tokens": 24, "messages": messages[:turn]}
+        body = {"model": "default", "temperature": 0, "max_tokens": 16, "messages": messages[:turn]}
         response = client.http.post("/v1/chat/completions", json=body)
         said = response.json()["choices"][0]["message"]["content"]
         assert said == state[name] and said.strip()
@@ -241,16 +241,17 @@ def test_a_schema_extracts_an_object_that_satisfies_it() -> None:
 def solve(s, question):
     s += "Answer each question with a number, after a short calculation.\n"
     s += "Question: A jar holds 8 coins. How many coins are in 3 jars?\nAnswer: 8 * 3 = 24\n"
-    s += "Question: " + question + "\nAnswer:" + sgl.gen("answer", stop="\n", max_tokens=24)
+    s += "Question: " + question + "\nAnswer:" + sgl.gen("answer", stop="\n", max_tokens=16)
 
 
 def test_a_batch_of_questions_is_answered_in_parallel_as_one_by_one(client: Any) -> None:
     batch = [{"question": question} for question in QUESTIONS]
     states = solve.run_batch(batch, temperature=0, num_threads=8)
     assert [QUESTIONS[i] in states[i].text() for i in range(20)] == [True] * 20
-    params = {"temperature": 0, "max_new_tokens": 24, "stop": ["\n", "<|im_end|>"]}
-    alone = [client.generate(s.text().removesuffix(s["answer"]), params)["text"] for s in states]
-    differing = [i for i in range(20) if alone[i] != states[i]["answer"]]
+    params = {"temperature": 0, "max_new_tokens": 16, "stop": ["\n", "<|im_end|>"]}
+    some = states[::4]
+    alone = [client.generate(s.text().removesuffix(s["answer"]), params)["text"] for s in some]
+    differing = [i for i, state in enumerate(some) if alone[i] != state["answer"]]
     assert len(differing) <= 1  # batching changes the order of additions: a tie may fall otherwise
     shared = min(state.get_meta_info("answer")["cached_tokens"] for state in states)
     assert shared >= 30  # what all programs begin with was computed before the first
@@ -278,7 +279,9 @@ def test_a_refused_generation_raises_what_the_server_says() -> None:
         solve.run("1+1?", top_p=2.0)
 
 
-def test_a_runtime_serves_programs_and_is_gone_afterwards(smollm2: Path, server_env: None) -> None:
+def test_a_runtime_serves_programs_and_is_gone_afterwards(
+    smollm2: Path, server_env: None, eventually: Callable[..., None]
+) -> None:
     options = {"dtype": "float32", "context_length": 512, "max_total_tokens": 2048}
     with sgl.Runtime(model_path=str(smollm2), launch_timeout=LIMIT_S, **options) as runtime:
         family = [psutil.Process(runtime.pid)]
@@ -287,4 +290,5 @@ def test_a_runtime_serves_programs_and_is_gone_afterwards(smollm2: Path, server_
         assert state["answer"].strip()
         ids = runtime.get_tokenizer()("Hello")["input_ids"]
         assert runtime.get_server_info()["context_length"] == 512 and len(ids) == 1
-    assert not any(process.is_running() for process in family)
+    assert not family[0].is_running()
+    eventually(lambda: not any(process.is_running() for process in family), 20)

@@ -198,6 +198,7 @@ def test_a_streaming_program_s_own_error_reaches_the_reader(server, say):
         ([{"error": {"message": "too long", "code": 400}}, "[DONE]"], "too long"),
         (["{broken"], "POST"),
         ([], "broke off"),
+        ([{"text": "b", "meta_info": {}}, "[DONE]"], "--incremental-streaming-output"),
     ],
 )
 def test_a_broken_stream_is_an_error(server, say, events, problem):

@@ -105,12 +105,17 @@ class RuntimeEndpoint(BaseBackend):
         self, s: StreamExecutor, sampling_params: SglSamplingParams
     ) -> Iterator[tuple[str, MetaInfo]]:
         body = {**generate_body(s.text_, sampling_params), "stream": True}
-        told = 0
+        told = ""
         for event in self._server.events("/generate", body):
             _raise_if_aborted(event["meta_info"])
-            text = event["text"]  # all of it so far
-            yield text[told:], event["meta_info"]
-            told = len(text)
+            text: str = event["text"]
+            if not text.startswith(told):
+                raise BackendError(
+                    "the stream does not repeat its text in each event; was the server started "
+                    "with --incremental-streaming-output?"
+                )
+            yield text[len(told) :], event["meta_info"]
+            told = text
 
     def select(
         self,
