@@ -59,11 +59,13 @@ class TextSpeculation:
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
         self._ahead = ""
+        self._after = ""  # the text that _ahead goes on from
         self._meta_info: MetaInfo = {}
 
     def fill(self, s: StreamExecutor, text: str) -> bool:
-        same = self._ahead.startswith(text)
+        same = self._ahead.startswith(text) and self._after == s.text_
         self._ahead = self._ahead[len(text) :] if same else ""
+        self._after = s.text_ + text
         return False
 
     def generate(
@@ -73,7 +75,7 @@ class TextSpeculation:
         if not params.stop:
             self._ahead = ""
             return s.backend.generate(s, params)
-        if not self._ahead:
+        if not self._ahead or self._after != s.text_:
             longer = dataclasses.replace(
                 params, stop=(), max_new_tokens=max(params.max_new_tokens, self._num_tokens)
             )
@@ -85,14 +87,14 @@ class TextSpeculation:
             self._ahead = ""
             return s.backend.generate(s, params)
         answer, self._ahead = self._ahead[:end], self._ahead[end:]
+        self._after = s.text_ + answer
         return answer, self._meta_info
 
     def end_role(self, s: StreamExecutor) -> Iterator[tuple[str | None, str, MetaInfo]]:
         return iter(())
 
     def refuse_select(self) -> None:
-        """A choice is made by a call of its own."""
-        self._ahead = ""
+        """A choice is made by calls of its own."""
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,20 @@ def test_text_generated_ahead_serves_the_next_gen_without_a_call(server, openai)
     assert all(body["max_tokens"] == 128 and "stop" not in body for body in server.bodies)
 
 
+def test_text_ahead_is_not_used_in_another_role(server, openai):
+    openai("gpt-3.5-turbo-instruct")
+
+    @sgl.function(num_api_spec_tokens=64)
+    def program(s):
+        s += "Hi" + sgl.gen("a", stop="\n")
+        s += sgl.user("?") + sgl.assistant(sgl.gen("b", stop="\n"))
+
+    answers = iter([text_answer(" Tom\nold\n"), text_answer("new\n")])
+    server.other[COMPLETIONS] = lambda body: next(answers)
+    assert program.run()["b"] == "new"
+    assert server.bodies[1]["prompt"] == "Hi TomUSER:?\nASSISTANT:"
+
+
 def test_text_ahead_without_a_stop_is_asked_for_again_with_the_program_s_limit(server, openai):
     openai("gpt-3.5-turbo-instruct")
 
