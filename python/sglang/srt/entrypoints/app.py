@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from sglang.srt.entrypoints import error_forms, multiplex, native, operations
+from sglang.srt.entrypoints import error_forms, multiplex, native, operations, parse_text
 from sglang.srt.entrypoints.auth import BearerAuth
 from sglang.srt.entrypoints.openai import (
     serving_chat,
@@ -25,6 +25,7 @@ def build_app(state: ServerState) -> FastAPI:
         operations,
         multiplex,
         native,
+        parse_text,
         serving_completions,
         serving_chat,
         serving_models,

@@ -6,6 +6,8 @@ from typing import Annotated, Any, TypeGuard
 
 from pydantic import PlainValidator
 
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
 
 def _texts(value: Any) -> str | list[str]:
     if isinstance(value, str):
@@ -30,6 +32,14 @@ def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
     raise ValueError("must be a string, a list of strings, token ids, or a list of token id lists")
 
 
+def _effort(value: Any) -> str | float:
+    if isinstance(value, str) and value in _EFFORTS:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 0.99:
+        return value
+    raise ValueError(f"must be one of {', '.join(_EFFORTS)}, or a number in [0, 0.99]")
+
+
 def _is_row(value: Any) -> bool:
     # Faster than a test of each item, which takes as long as parsing did.
     return isinstance(value, list) and set(map(type, value)) <= {int}
@@ -40,6 +50,7 @@ def is_batch_of_ids(value: Any) -> TypeGuard[list[list[int]]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
+Effort = Annotated[str | float, PlainValidator(_effort)]
 OneOrManyTexts = Annotated[str | list[str], PlainValidator(_texts)]
 OneOrManyIds = Annotated[list[int] | list[list[int]], PlainValidator(_ids)]
 AnyPrompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral
-from sglang.srt.entrypoints.value_types import AnyPrompt, OneOrManyIds, OneOrManyTexts
+from sglang.srt.entrypoints.value_types import AnyPrompt, Effort, OneOrManyIds, OneOrManyTexts
 
 
 class _Body(pydantic.BaseModel):
@@ -52,6 +52,7 @@ class _GenerationBody(SamplingFields):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
     rid: OneOrManyTexts | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
@@ -62,11 +63,33 @@ class CompletionBody(_GenerationBody):
     prompt: AnyPrompt
     max_tokens: int | None = None
     echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    return_prompt_token_ids: bool | None = None
+    return_token_ids: bool | None = None
 
 
 class TextPart(_Body):
     type: Literal["text"]
     text: str
+
+
+class ThinkingPart(_Body):
+    type: Literal["thinking", "reasoning"]
+    thinking: str | None = None
+    text: str | None = None
+
+
+class CalledFunction(_Body):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(_Body):
+    id: str | None = None
+    index: int | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class ChatMessage(_Body):
@@ -76,18 +99,39 @@ class ChatMessage(_Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: list[MessageToolCall] | None = None
+
+
+class Function(_Body):
+    name: Annotated[str, pydantic.Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: Literal[False] | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"] = "function"
+    function: Function
+    defer_loading: Literal[False] | None = None
 
 
 class ChatBody(_GenerationBody):
     messages: list[ChatMessage]
+    input_ids: list[int] | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = None  # ToolPlan says what it may be
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: Effort | None = None
+    return_prompt_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    return_meta_info: bool | None = None
 
 
 class TokenizeBody(_Body):
@@ -98,6 +142,9 @@ class TokenizeBody(_Body):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = None  # ToolPlan says what it may be
+    reasoning_effort: Effort | None = None
 
 
 class DetokenizeBody(_Body):
@@ -121,7 +168,6 @@ INFORMATIONAL = frozenset(
 )
 
 _NEUTRAL: Neutral = {
-    "response_format": (None, {"type": "text"}),
     "session_id": ABSENT,
     "session_params": ABSENT,
     "lora_path": ABSENT,
@@ -131,8 +177,6 @@ _NEUTRAL: Neutral = {
     "return_routed_experts": OFF,
     "routed_experts_start_len": (None, 0),
     "return_cached_tokens_details": OFF,
-    "return_token_ids": OFF,
-    "return_prompt_token_ids": OFF,
     "priority": (None,),
     "bootstrap_host": ABSENT,
     "bootstrap_port": ABSENT,
@@ -143,35 +187,21 @@ _NEUTRAL: Neutral = {
 }
 COMPLETION_NEUTRAL: Neutral = {
     **_NEUTRAL,
-    "best_of": (None, 1),
     "logprobs": (None,),
-    "suffix": (None, ""),
 }
 CHAT_NEUTRAL: Neutral = {
     **_NEUTRAL,
     "audio": (None,),
     "function_call": (None, "none", "auto"),
     "functions": ABSENT,
-    "input_ids": (None,),
     "logprobs": OFF,
     "max_dynamic_patch": (None,),
     "min_dynamic_patch": (None,),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, False, True),
     "prediction": (None,),
-    "return_meta_info": OFF,
-    "separate_reasoning": (None, False, True),
-    "stream_reasoning": (None, False, True),
     "task": (None,),
-    "tool_choice": (None, "none", "auto"),
-    "tools": ABSENT,
     "top_logprobs": (None, 0),
     "use_audio_in_video": OFF,
     "verbosity": (None,),
     "web_search_options": (None,),
-}
-TOKENIZE_NEUTRAL: Neutral = {
-    "tools": ABSENT,
-    "tool_choice": (None, "none", "auto"),
-    "reasoning_effort": (None,),
 }

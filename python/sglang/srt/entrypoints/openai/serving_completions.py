@@ -10,12 +10,16 @@ from fastapi import APIRouter, Request, Response
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
 from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.openai.output_format import (
+    only_constraint,
+    response_format_constraint,
+)
 from sglang.srt.entrypoints.openai.protocol import (
     COMPLETION_NEUTRAL,
     INFORMATIONAL,
     CompletionBody,
 )
-from sglang.srt.entrypoints.openai.responses import Reply, check_model, finish_fields
+from sglang.srt.entrypoints.openai.reply import Reply, check_model, finish_fields, token_id_fields
 from sglang.srt.entrypoints.openai.sampling import openai_names, sampling_of
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_leaves
@@ -62,6 +66,7 @@ class _Shape:
         self, body: CompletionBody, prompts: list[Prompt], n: int, state: ServerState
     ) -> None:
         self._n = n
+        self._body = body
         self._echo: list[str] | None = None
         self._started: set[int] = set()
         if body.echo:
@@ -72,16 +77,26 @@ class _Shape:
             ]
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        return self._choice(answer, self._prefix(answer) + answer.text)
+        choice = self._choice(answer, self._prefix(answer) + answer.text)
+        return choice | self._ids(answer, answer.output_ids, first=True)
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:
         answer, text = update.answer, update.new_text
-        if answer.index not in self._started:
+        first = answer.index not in self._started
+        if first:
             self._started.add(answer.index)
             text = self._prefix(answer) + text
-        if not text and answer.finish is None:
+        if not text and answer.finish is None and not self._body.return_token_ids:
             return []
-        return [self._choice(answer, text)]
+        return [self._choice(answer, text) | self._ids(answer, update.new_ids, first)]
+
+    def _ids(self, answer: Answer, new_ids: list[int], first: bool) -> dict[str, Any]:
+        return token_id_fields(
+            answer,
+            new_ids,
+            prompt=first and self._body.return_prompt_token_ids,
+            output=self._body.return_token_ids,
+        )
 
     def _prefix(self, answer: Answer) -> str:
         return "" if self._echo is None else self._echo[answer.index // self._n]
@@ -91,10 +106,20 @@ class _Shape:
 
 
 def _prompts(body: CompletionBody, state: ServerState) -> list[Prompt]:
+    if body.suffix:
+        raise RequestError("suffix: this server writes on, it fills no gaps", "suffix")
+    if body.best_of not in (None, body.n or 1):
+        raise RequestError(
+            f"best_of: all of n={body.n or 1} answers are returned, none is left out", "best_of"
+        )
     sampling = sampling_of(
         body,
         max_new_tokens=_DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
         vocab_size=state.model.vocab_size,
+        constraint=only_constraint(
+            body.model_dump(include={"json_schema", "regex", "ebnf"}),
+            response_format_constraint(body.response_format),
+        ),
     )
     namespace = namespace_of(body.extra_key, body.cache_salt)
     level = state.levels.resolve(body.slo)
