@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from sglang.srt.entrypoints import error_forms, multiplex, native, operations, parse_text
+from sglang.srt.entrypoints.anthropic import serving_messages
 from sglang.srt.entrypoints.auth import BearerAuth
 from sglang.srt.entrypoints.openai import (
     serving_chat,
@@ -29,6 +30,7 @@ def build_app(state: ServerState) -> FastAPI:
         serving_completions,
         serving_chat,
         serving_models,
+        serving_messages,
         serving_tokenize,
     ):
         app.include_router(part.router)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hmac
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sglang.srt.entrypoints.error_forms import JsonResponse
+from sglang.srt.entrypoints.error_forms import JsonResponse, anthropic_of, flat
 
 # Load balancers and scrapers have no key.
 _OPEN_PATHS = ("/health", "/ready", "/metrics")
@@ -24,10 +25,16 @@ class BearerAuth:
         if scope["type"] != "http" or self._allowed(scope):
             await self._app(scope, receive, send)
         else:
-            await JsonResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+            body: dict[str, Any] = {"error": "Unauthorized"}
+            if scope["path"].startswith("/v1/messages"):
+                body = anthropic_of(flat("invalid x-api-key", "401", 401))
+            await JsonResponse(body, 401)(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
         if scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_PATHS):
             return True
-        given = Headers(scope=scope).get("authorization", "")
+        headers = Headers(scope=scope)
+        given = headers.get("authorization", "")
+        if "x-api-key" in headers and scope["path"].startswith("/v1/messages"):
+            given = f"Bearer {headers['x-api-key']}"  # where Anthropic's clients put it
         return hmac.compare_digest(given.encode("latin-1"), self._expected)

@@ -26,6 +26,10 @@ def event(payload: Any) -> bytes:
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
+def named_event(name: str, payload: Any) -> bytes:
+    return b"event: " + name.encode() + b"\n" + event(payload)
+
+
 class EventStream(Response):
     """Sends events as they come. If the client hangs up, `events` is closed without delay."""
 

@@ -46,9 +46,13 @@ def sampling_of(
 
 
 @contextmanager
-def openai_names(max_tokens: str = "max_tokens") -> Iterator[None]:
-    """Rewrites a RequestError inside in the names that the client used."""
+def openai_names(max_tokens: str = "max_tokens", **others: str) -> Iterator[None]:
+    """Rewrites a RequestError inside in the names that the client used.
+
+    others: further names, ours to theirs, of surfaces that are not OpenAI's.
+    """
     names = {ours: theirs for theirs, ours in RENAMED.items()} | {"max_new_tokens": max_tokens}
+    names |= others
     try:
         yield
     except RequestError as error:
