@@ -14,6 +14,7 @@ from sglang.srt.entrypoints.openai import (
     serving_models,
     serving_tokenize,
 )
+from sglang.srt.entrypoints.openai.responses import serving as serving_responses
 from sglang.srt.entrypoints.server_state import ServerState
 from sglang.version import __version__
 
@@ -30,6 +31,7 @@ def build_app(state: ServerState) -> FastAPI:
         serving_completions,
         serving_chat,
         serving_models,
+        serving_responses,
         serving_messages,
         serving_tokenize,
     ):

@@ -127,10 +127,10 @@ def install(app: FastAPI) -> None:
 async def _bad_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     path, flat_body = request.url.path, flat_of(error)
-    if path.startswith(_FORMS_OF_THEIR_OWN):
-        body = form_for(path, flat_body)
-    elif isinstance(error, NotFound):
+    if isinstance(error, NotFound) and not path.startswith(("/v1/messages", "/api/")):
         body = nested_of(flat_body, f"{error.field}_not_found")
+    elif path.startswith(_FORMS_OF_THEIR_OWN):
+        body = form_for(path, flat_body)
     elif path.startswith("/v1/"):
         body = flat_body
     else:

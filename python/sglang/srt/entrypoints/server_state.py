@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from fastapi import Request
 
+from sglang.srt.entrypoints.openai.responses.store import ResponseStore
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.served_model import ServedModel
 from sglang.srt.server_args import ServerArgs
@@ -31,6 +32,7 @@ class ServerState:
     phase: Phase = Phase.STARTING
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
     startup_s: float | None = None
+    responses: ResponseStore = field(default_factory=ResponseStore)
     levels: ServiceLevels = field(init=False)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from sglang.srt.entrypoints.anthropic.protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from sglang.srt.entrypoints.json_body import checked
+from sglang.srt.entrypoints.json_body import checked_at
 from sglang.srt.entrypoints.openai.protocol import (
     CalledFunction,
     ChatBody,
@@ -170,9 +170,5 @@ def _blocks(
         if kind not in known:
             field = f"{path}[{i}].type"
             raise RequestError(f"{field}: {kind!r} is not one of {', '.join(known)}", field)
-        try:
-            blocks.append(checked(known[kind], block))
-        except RequestError as error:
-            where = f"{path}[{i}]"
-            raise RequestError(f"{where}.{error}", f"{where}.{error.field}") from None
+        blocks.append(checked_at(known[kind], block, f"{path}[{i}]"))
     return blocks

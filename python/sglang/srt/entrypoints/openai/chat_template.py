@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import orjson
 
-from sglang.srt.entrypoints.json_body import checked
+from sglang.srt.entrypoints.json_body import checked_at
 from sglang.srt.entrypoints.openai.protocol import ChatMessage, TextPart, ThinkingPart
 from sglang.srt.errors import RequestError
 
@@ -126,11 +126,8 @@ def _read_part(part: dict[str, Any], path: str, texts: list[str], thoughts: list
         raise RequestError(
             f"{path}.type: {kind} is not supported by this server yet", f"{path}.type"
         )
-    try:
-        if kind in ("thinking", "reasoning"):
-            thinking = checked(ThinkingPart, part)
-            thoughts.append(thinking.thinking or thinking.text or "")
-        else:
-            texts.append(checked(TextPart, part).text)
-    except RequestError as error:
-        raise RequestError(f"{path}.{error}", f"{path}.{error.field}") from None
+    if kind in ("thinking", "reasoning"):
+        thinking = checked_at(ThinkingPart, part, path)
+        thoughts.append(thinking.thinking or thinking.text or "")
+    else:
+        texts.append(checked_at(TextPart, part, path).text)
