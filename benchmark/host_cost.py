@@ -35,6 +35,7 @@ from drift_scheduler.policies.take_turns import TakeTurns
 from drift_scheduler.timeline import Timeline
 from sglang.srt.benchmarks.environment import describe
 from sglang.srt.ipc import Receiver, Sender, ipc_directory
+from sglang.srt.logprobs import NO_SCORES, BatchScores
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.cycle_collector import undisturbed
 from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
@@ -88,6 +89,9 @@ class NullRun:
 
     def tokens(self) -> list[int]:
         return [TOKEN] * self._samples
+
+    def scores(self) -> BatchScores:
+        return NO_SCORES
 
 
 class Stopwatch:

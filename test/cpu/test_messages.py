@@ -73,6 +73,7 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
         return st.builds(Slo, limits_s, limits_s, limits_s)
     plain: dict[Any, st.SearchStrategy[Any]] = {
         str: st.text(max_size=8),
+        bytes: st.binary(max_size=8),
         int: _INT64,
         float: _FLOAT,
         bool: st.booleans(),

@@ -23,7 +23,9 @@ from drift_scheduler.shapes import DecodeShape, PrefillShape
 from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import Timeline
 from drift_scheduler.view import LoadView
+from sglang.srt.logprobs import LogprobWish
 from sglang.srt.managers.admission import EngineLimits
+from sglang.srt.managers.answer_logprobs import AnswerLogprobs
 from sglang.srt.managers.jobs import Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.serving_engine import ServingEngine
@@ -32,7 +34,12 @@ from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import FinishReason, GenerateRequest, token_ids
-from sglang.srt.model_executor.fake_runner import FakeRunner, choose_by_hash, prefix_hash
+from sglang.srt.model_executor.fake_runner import (
+    FakeRunner,
+    choose_by_hash,
+    logprob_by_hash,
+    prefix_hash,
+)
 from sglang.srt.model_executor.host_batch import SampleWish
 from sglang.srt.queue import WaitingQueue
 from sglang.srt.requests import Request
@@ -166,6 +173,7 @@ class Answer:
     finish: FinishReason | None = None
     cached_tokens: int = 0
     retractions: int = 0
+    logprobs: AnswerLogprobs = field(default_factory=AnswerLogprobs.empty)
 
 
 class Server:
@@ -294,6 +302,8 @@ class Server:
             answer.cached_tokens = batch.cached_tokens[i]
             answer.retractions = batch.retractions[i]
             assert batch.completion_tokens[i] == len(answer.ids)
+            if rid in batch.logprobs:
+                answer.logprobs.take(batch.logprobs[rid])
 
 
 def reference(
@@ -333,6 +343,7 @@ class Wish:
     namespace: str
     sampling: SamplingParams
     slo: Slo
+    logprobs: LogprobWish | None
     abort_after_us: int | None
     stop_after_us: int | None
 
@@ -349,7 +360,9 @@ def wishes(draw: st.DrawFn) -> Wish:
     # 1 time in 4 the client leaves early, 1 time in 6 the detokenizer finds a stop string.
     leaves = draw(st.integers(0, 3)) == 0
     matches = draw(st.integers(0, 5)) == 0
+    start = draw(st.integers(0, len(shared) + len(own)))
     return Wish(
+        logprobs=draw(st.sampled_from([None, LogprobWish(start=start, top=2, token_ids=[5])])),
         arrival_us=draw(st.integers(0, 1500)),
         prompt=(*shared, *own),
         namespace=draw(st.sampled_from(["", "", "other"])),
@@ -387,6 +400,33 @@ def setups(draw: st.DrawFn) -> Setup:
     )
 
 
+def check_logprobs(answer: Answer, wish: Wish) -> None:
+    """Each value is that of its place, told once, wherever the prefix came from."""
+    got, asked = answer.logprobs, wish.logprobs
+    if asked is None:
+        assert got.prompt.tokens == got.output.tokens == []
+        return
+
+    def value(position: int, token: int) -> float:
+        return logprob_by_hash(prefix_hash([*wish.prompt, *answer.ids][:position]), token)
+
+    lengths = [len(got.prompt.tokens), len(got.output.tokens)]
+    if answer.ids:
+        assert lengths == [len(wish.prompt) - asked.start, len(answer.ids)]
+        assert answer.cached_tokens <= max(asked.start, 0)
+    spans = [(got.prompt, asked.start), (got.output, len(wish.prompt))]
+    for lists, start in spans:
+        for i, (logprob, token, text) in enumerate(lists.tokens):
+            position = start + i
+            assert (token, text) == ([*wish.prompt, *answer.ids][position], None)
+            if lists is got.prompt and i == 0:
+                assert logprob is lists.top[i] is lists.listed[i] is None
+                continue
+            assert logprob == value(position, token)
+            assert lists.top[i] == [(value(position, other), other, None) for other in (0, 1)]
+            assert lists.listed[i] == [(value(position, 5), 5, None)]
+
+
 @settings(
     max_examples=400,
     deadline=None,
@@ -415,6 +455,7 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
                     arrival_s=server.clock.now_s,
                     namespace=wish.namespace,
                     slo=wish.slo,
+                    logprobs=wish.logprobs,
                 )
             )
         elif kind == 1:
@@ -449,6 +490,7 @@ def test_any_traffic_gets_the_answers_of_an_unbatched_server(setup, traffic):
             assert answer.finish.status_code == 400
             assert not answer.ids
             continue
+        check_logprobs(answer, wish)
         ids, finish = reference(wish.prompt, wish.sampling, setup.room)
         assert answer.cached_tokens % setup.page_size == 0
         assert answer.cached_tokens < len(wish.prompt)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from drift_scheduler.slo import Slo
+from sglang.srt.logprobs import LogprobNews, LogprobWish
 from sglang.srt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
 
     `namespace` separates prefix caches: requests with different namespaces share nothing.
     `slo_class` is the name under which the request is counted, "" for one of our own.
+    `logprobs` is what to tell of each token, None if nothing; its `start` is a position.
     """
 
     rid: str
@@ -68,6 +70,7 @@ class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
     namespace: str = ""
     slo: Slo = Slo()
     slo_class: str = "default"
+    logprobs: LogprobWish | None = None
 
 
 class AbortRequest(Message, frozen=True, tag=True, kw_only=True):
@@ -139,7 +142,8 @@ class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
 
     `opened` holds one entry for each request that appears for the first time. Every request
     that was accepted gets exactly one entry with a finish reason, its last. A matched stop
-    token id is part of `new_ids`; the detokenizer leaves it out of the text.
+    token id is part of `new_ids`; the detokenizer leaves it out of the text. `logprobs` has, by
+    rid, the news of those who asked.
     """
 
     opened: list[StreamOptions]
@@ -150,10 +154,12 @@ class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
     cached_tokens: list[int]
     completion_tokens: list[int]
     retractions: list[int]
+    logprobs: dict[str, LogprobNews] = {}
 
 
 class TextBatch(Message, frozen=True, tag=True, kw_only=True):
-    """Decoded increments: `text` and `new_ids` hold only what is new since the last batch."""
+    """Decoded increments: `text`, `new_ids` and `logprobs` hold only what is new since the last
+    batch."""
 
     rids: list[str]
     text: list[str]
@@ -163,6 +169,7 @@ class TextBatch(Message, frozen=True, tag=True, kw_only=True):
     cached_tokens: list[int]
     completion_tokens: list[int]
     retractions: list[int]
+    logprobs: dict[str, LogprobNews] = {}
 
 
 class ControlReply(Message, frozen=True, tag=True, kw_only=True):

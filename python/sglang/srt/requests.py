@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drift_scheduler.attainment import Pace
+from sglang.srt.managers.request_logprobs import RequestLogprobs
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.messages import FinishReason, GenerateRequest, StreamOptions
 from sglang.srt.model_executor.host_batch import SampleWish
@@ -61,7 +62,10 @@ class Request:
             seed,
             withheld_ids=self.stop_ids if minimum else (),
             withheld_until=len(self.prompt) + minimum,
+            logprobs=message.logprobs,
         )
+        asked = message.logprobs
+        self.logprobs = None if asked is None else RequestLogprobs(asked, self.prompt)
         self.output: list[int] = []
         self.finish: FinishReason | None = None
 
@@ -86,6 +90,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def reuse_limit(self) -> int:
+        """How many of its tokens the prefix cache may give: at least the last is computed."""
+        limit = None if self.logprobs is None else self.logprobs.reuse_limit
+        return self.num_tokens - 1 if limit is None else limit
 
     def tokens(self) -> npt.NDArray[np.int32]:
         """prompt + output [num_tokens] i32."""

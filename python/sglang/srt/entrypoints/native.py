@@ -17,6 +17,7 @@ from sglang.srt.entrypoints.error_forms import (
 )
 from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.native_logprobs import LogprobFields, logprob_info, wishes_of
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import (
     DONE,
@@ -42,11 +43,6 @@ NEUTRAL: Neutral = {
     "audio_data": ABSENT,
     "mm_hashes": ABSENT,
     "use_audio_in_video": OFF,
-    "return_logprob": OFF,
-    "logprob_start_len": (None, -1),
-    "top_logprobs_num": (None, 0),
-    "token_ids_logprob": ABSENT,
-    "return_text_in_logprobs": (None, False, True),
     "return_sampling_mask": OFF,
     "return_hidden_states": OFF,
     "return_routed_experts": OFF,
@@ -104,7 +100,7 @@ class _Row(TypedDict, total=False):
     input_ids: Any
 
 
-class GenerateBody(pydantic.BaseModel):
+class GenerateBody(LogprobFields):
     """The fields of /generate that this server acts on."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -159,6 +155,12 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
     extra_keys = _each("extra_key", body.extra_key, count)
     salts = _each("cache_salt", body.cache_salt, count)
     slos = _each("slo", body.slo, count)
+    logprobs = wishes_of(
+        body,
+        count,
+        vocab_size=state.model.vocab_size,
+        has_tokenizer=state.model.tokenizer is not None,
+    )
     defaults = state.args.preferred_sampling_params or {}
     prompts = [
         Prompt(
@@ -168,6 +170,7 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
             namespace=namespace_of(extra_keys[i], salts[i]),
             field=field,
             level=state.levels.resolve(slos[i]),
+            logprobs=logprobs[i],
             **row,
         )
         for i, row in enumerate(rows)
@@ -230,6 +233,10 @@ class _Form:
             result["text"] = update.new_text if self._incremental else answer.text
         result["output_ids"] = update.new_ids if self._incremental else answer.output_ids
         result["meta_info"] = meta_info(answer)
+        logprobs = update.new_logprobs if self._incremental else answer.logprobs
+        wish = answer.prompt.logprobs
+        if logprobs is not None and wish is not None:
+            result["meta_info"] |= logprob_info(logprobs, wish, len(answer.output_ids))
         if self._with_prompt_ids:
             result["prompt_token_ids"] = answer.prompt.input_ids.tolist()
         if self._with_index:

@@ -45,6 +45,23 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
+def _bools(value: Any) -> bool | list[bool]:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list) and set(map(type, value)) <= {bool}:
+        return value
+    raise ValueError("must be true, false or a list of these")
+
+
+def _ints(value: Any) -> int | list[int]:
+    if type(value) is int:
+        return value
+    if _is_row(value):
+        rows: list[int] = value
+        return rows
+    raise ValueError("must be an integer or a list of integers")
+
+
 def is_batch_of_ids(value: Any) -> TypeGuard[list[list[int]]]:
     """True for [[1, 2], [3]], false for [1, 2] and []."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
@@ -53,4 +70,6 @@ def is_batch_of_ids(value: Any) -> TypeGuard[list[list[int]]]:
 Effort = Annotated[str | float, PlainValidator(_effort)]
 OneOrManyTexts = Annotated[str | list[str], PlainValidator(_texts)]
 OneOrManyIds = Annotated[list[int] | list[list[int]], PlainValidator(_ids)]
+OneOrManyBools = Annotated[bool | list[bool], PlainValidator(_bools)]
+OneOrManyInts = Annotated[int | list[int], PlainValidator(_ints)]
 AnyPrompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]

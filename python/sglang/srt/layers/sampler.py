@@ -82,6 +82,10 @@ class SamplingBatch:
     withheld_ids: torch.Tensor | None
     withheld_until: torch.Tensor | None
 
+    def adjusted(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What tokens are chosen by, and log-probabilities told of: see `sample` for both."""
+        return _withhold(logits, positions, self)
+
     @property
     def all_greedy(self) -> bool:
         return not self.parts
@@ -184,7 +188,11 @@ def sample(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) 
             f"logits are {list(logits.shape)} {logits.dtype}, "
             f"expected floats [{batch.num_rows}, vocab_size]"
         )
-    logits = _withhold(logits, positions, batch)
+    return choose(batch.adjusted(logits, positions), positions, batch)
+
+
+def choose(logits: torch.Tensor, positions: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """The second half of `sample`: takes logits that are adjusted already."""
     if batch.all_greedy:
         return likeliest(logits)
     columns = _mix32(torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device))

@@ -241,7 +241,10 @@ class PromptAdmission:
         end = min(total, start + launch.tokens) if launch.ask.cut else total
         fits = self._cache.extend(sequence, end - start) is not None
         if fits:
-            launch.fills.append(Fill(request, start, end, completes_prompt=end == total))
+            fill = Fill(request, start, end, completes_prompt=end == total)
+            if request.logprobs is not None:
+                fill.scored = request.logprobs.launch(start, end)
+            launch.fills.append(fill)
             launch.tokens -= end - start
         if fits and end == total:
             if launch.promised is not None:
@@ -264,7 +267,7 @@ class PromptAdmission:
         if self._rows.available == 0:
             return False
         sequence = self._cache.open(
-            request.tokens(), request.namespace, reuse_limit=request.num_tokens - 1
+            request.tokens(), request.namespace, reuse_limit=request.reuse_limit
         )
         new = request.num_tokens - sequence.length
         must_be_whole = launch.ask.beside or self._partial is not None
@@ -312,7 +315,9 @@ class PromptAdmission:
         return int(min(remaining, RESERVE_OUTPUT_TOKENS) * self._reserve_ratio)
 
     def _cached_prefix(self, request: Request) -> int:
-        return self._cache.radix.peek_length(request.tokens(), request.namespace)
+        return self._cache.radix.peek_length(
+            request.tokens(), request.namespace, limit=request.reuse_limit
+        )
 
     def _with_partial(self, filling: Sequence[Request]) -> list[Request]:
         partial = self._partial

@@ -6,6 +6,7 @@ from copy import copy
 
 import msgspec
 
+from sglang.srt.managers.answer_logprobs import AnswerLogprobs
 from sglang.srt.managers.prompts import TokenizedPrompt
 from sglang.srt.messages import FinishReason, TextBatch
 
@@ -14,6 +15,7 @@ class Answer(msgspec.Struct, eq=False):
     """One answer as far as it has come. `index` is its place in the call, prompt by prompt.
 
     rid: the client's or made up. call_id: the same for all answers of a call. wire_id: unique.
+    logprobs: None unless the prompt asked for them.
     """
 
     index: int
@@ -32,6 +34,7 @@ class Answer(msgspec.Struct, eq=False):
     retractions: int = 0
     finish: FinishReason | None = None
     finished_s: float | None = None
+    logprobs: AnswerLogprobs | None = None
     _text: str = ""
     _pieces: list[str] = []
 
@@ -50,6 +53,8 @@ class Answer(msgspec.Struct, eq=False):
         twin = copy(self)
         twin.output_ids = self.output_ids.copy()
         twin._pieces = []
+        if self.logprobs is not None:
+            twin.logprobs = self.logprobs.since(0, 0)
         return twin
 
     def take(self, batch: TextBatch, i: int, now_s: float) -> None:
@@ -62,6 +67,9 @@ class Answer(msgspec.Struct, eq=False):
         self.completion_tokens = batch.completion_tokens[i]
         self.retractions = batch.retractions[i]
         self.finish = batch.finish[i]
+        news = batch.logprobs.get(self.wire_id)
+        if news is not None and self.logprobs is not None:
+            self.logprobs.take(news)
         if self.finish is not None:
             self.finished_s = now_s
 
@@ -80,3 +88,4 @@ class Update(msgspec.Struct, frozen=True, eq=False):
     answer: Answer
     new_text: str
     new_ids: list[int]
+    new_logprobs: AnswerLogprobs | None = None

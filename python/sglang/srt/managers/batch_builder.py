@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sglang.srt.managers.jobs import Fill
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.mem_cache.slot_allocator import SlotIds
-from sglang.srt.model_executor.host_batch import HostBatch, Ints
+from sglang.srt.model_executor.host_batch import HostBatch, Ints, PromptPart
 from sglang.srt.requests import Request
 
 _Parts = list[npt.NDArray[Any]]
@@ -77,7 +77,22 @@ class BatchBuilder:
             samples=tuple([requests[i].wish for i in sampled]),
             sample_tokens=(np.cumsum(new_lens) - 1)[sampled],
             sample_rows=rows[sampled],
+            scored=_scored(decode_reqs, fills),
         )
+
+
+def _scored(decode_reqs: int, fills: Sequence[Fill]) -> tuple[PromptPart, ...]:
+    parts = []
+    begin = decode_reqs
+    for fill in fills:
+        wish = fill.request.wish.logprobs
+        if fill.scored:
+            assert wish is not None, f"{fill.request.rid} wants no log-probabilities"
+            next_ids = fill.request.prompt[fill.scored.start + 1 : fill.scored.stop + 1]
+            first = begin + fill.scored.start - fill.start
+            parts.append(PromptPart(first, next_ids.astype(np.int64), wish))
+        begin += fill.tokens
+    return tuple(parts)
 
 
 def sequence_of(request: Request) -> CachedSequence:

@@ -22,7 +22,8 @@ class Call:
         self._fresh: dict[int, None] = {}
         self._news = asyncio.Event()
         self._failure: str | None = None
-        self._shown = [(0, 0)] * len(answers)  # (characters, ids) already handed out
+        # What is already handed out: characters, ids, and log-probabilities of the prompt.
+        self._shown = [(0, 0, 0)] * len(answers)
 
     def noticed(self, answer: Answer) -> None:
         if self._stream or answer.finish is not None:
@@ -51,6 +52,13 @@ class Call:
 
     def _update(self, answer: Answer) -> Update:
         text = answer.text
-        chars, ids = self._shown[answer.index]
-        self._shown[answer.index] = (len(text), len(answer.output_ids))
-        return Update(answer.snapshot(), text[chars:], answer.output_ids[ids:])
+        chars, ids, of_prompt = self._shown[answer.index]
+        logprobs = answer.logprobs
+        known = 0 if logprobs is None else len(logprobs.prompt.tokens)
+        self._shown[answer.index] = (len(text), len(answer.output_ids), known)
+        return Update(
+            answer.snapshot(),
+            text[chars:],
+            answer.output_ids[ids:],
+            None if logprobs is None else logprobs.since(of_prompt, ids),
+        )

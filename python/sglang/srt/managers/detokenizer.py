@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sglang.srt.logprobs import LogprobNews, LogprobRows
 from sglang.srt.messages import FinishReason, StreamOptions, TextBatch, TokenBatch
 
 # decode(id lists, skip_special_tokens, spaces_between_special_tokens) -> texts
@@ -129,6 +130,11 @@ class IncrementalDetokenizer:
             cached_tokens=[batch.cached_tokens[i] for i in kept],
             completion_tokens=[entries[i].completion_tokens for i in kept],
             retractions=[batch.retractions[i] for i in kept],
+            logprobs={
+                batch.rids[i]: self._logprobs(batch.logprobs[batch.rids[i]], entries[i])
+                for i in (kept if batch.logprobs else ())
+                if batch.rids[i] in batch.logprobs
+            },
         )
         return Decoded(text, stopped)
 
@@ -142,6 +148,19 @@ class IncrementalDetokenizer:
         # Token by token where a stop string has to be pinned to the token that completes it.
         chunks = [[token] for token in visible] if stream.options.stop else [visible]
         return _Entry(stream, new_ids, finish, batch.completion_tokens[i], chunks)
+
+    def _logprobs(self, news: LogprobNews, entry: _Entry) -> LogprobNews:
+        """Of the tokens that the entry has kept, with their texts if those are asked for."""
+        prompt, output = news.prompt, news.output
+        if output is not None:
+            output = output.first(len(entry.new_ids))
+        return LogprobNews(prompt=self._with_texts(prompt), output=self._with_texts(output))
+
+    def _with_texts(self, rows: LogprobRows | None) -> LogprobRows | None:
+        decode = self._decode
+        if rows is None or decode is None or not rows.wants_texts:
+            return rows
+        return rows.with_texts(lambda ids: decode([[token] for token in ids], False, True))
 
     def _run(self, entries: Sequence[_Entry]) -> None:
         if self._decode is None:

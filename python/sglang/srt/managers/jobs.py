@@ -14,12 +14,16 @@ from sglang.srt.requests import Request
 
 @dataclass(slots=True)
 class Fill:
-    """A request's part in a launch that fills prompts: its tokens start..end-1."""
+    """A request's part in a launch that fills prompts: its tokens start..end-1.
+
+    scored: at which of them the next token's log-probability is to be told.
+    """
 
     request: Request
     start: int
     end: int
     completes_prompt: bool
+    scored: range = range(0)
 
     @property
     def tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang.srt.logprobs import LogprobNews
 from sglang.srt.messages import FinishReason, StreamOptions, TokenBatch
 from sglang.srt.requests import Request
 
@@ -31,10 +32,13 @@ class Outbox:
         opened: list[StreamOptions] = []
         new_ids: list[list[int]] = []
         finish: list[FinishReason | None] = []
+        logprobs: dict[str, LogprobNews] = {}
         for request in requests:
             if not request.stream_opened:
                 request.stream_opened = True
                 opened.append(request.stream_options())
+            if request.logprobs is not None:
+                logprobs[request.rid] = request.logprobs.news(request.output, request.sent_output)
             new_ids.append(request.output[request.sent_output :])
             request.sent_output = len(request.output)
             finish.append(request.finish)
@@ -47,4 +51,5 @@ class Outbox:
             cached_tokens=[request.cached_tokens for request in requests],
             completion_tokens=[len(request.output) for request in requests],
             retractions=[request.retractions for request in requests],
+            logprobs=logprobs,
         )

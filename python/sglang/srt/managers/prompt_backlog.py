@@ -118,9 +118,9 @@ class PromptBacklog:
             assert prompt.due_s == request.due_s, prompt
 
     def _cached(self, request: Request) -> int:
-        """Of at most all tokens but the last, which is always computed."""
+        """Of at most those that need not be computed."""
         return self._radix.peek_length(
-            request.tokens(), request.namespace, limit=request.num_tokens - 1
+            request.tokens(), request.namespace, limit=request.reuse_limit
         )
 
     def _waits_for_one(self, prompt: Prompt, others: Iterable[tuple[str, TokenIds]]) -> bool:
@@ -129,6 +129,8 @@ class PromptBacklog:
             return False
         request, cached = self._requests[prompt.key], prompt.cached
         tokens = request.tokens()
+        if request.reuse_limit - cached < wanted:
+            return False
         return any(
             namespace == request.namespace
             and len(theirs) - cached >= wanted

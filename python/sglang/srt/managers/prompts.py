@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from sglang.srt.errors import RequestError
+from sglang.srt.logprobs import LogprobWish
 from sglang.srt.messages import TokenIds, token_ids
 from sglang.srt.sampling_params import SamplingParams
 from sglang.srt.service_levels import NOTHING_ASKED, ServiceLevel
@@ -40,6 +41,7 @@ class Prompt:
     field: str = "text"
     add_special_tokens: bool = True
     level: ServiceLevel = NOTHING_ASKED
+    logprobs: LogprobWish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class TokenizedPrompt:
     sampling: SamplingParams
     namespace: str
     level: ServiceLevel = NOTHING_ASKED
+    logprobs: LogprobWish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,9 @@ class PromptEncoder:
                 f"exceed the context of {limits.context_length}: ask for at most {room}",
                 "max_new_tokens",
             )
-        return TokenizedPrompt(packed, sampling, prompt.namespace, prompt.level)
+        asked = prompt.logprobs
+        wish = None if asked is None else asked.for_prompt(len(packed))
+        return TokenizedPrompt(packed, sampling, prompt.namespace, prompt.level, wish)
 
     def _packed(self, ids: list[int], field: str) -> TokenIds:
         """A prompt may have many thousand ids, and the streams of others wait for this check."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import zmq
 
 from drift_scheduler.timeline import Timeline
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
+from sglang.srt.logprobs import LogprobWish, TokenScores
+from sglang.srt.managers.request_logprobs import RequestLogprobs
 from sglang.srt.messages import (
     AbortRequest,
     ControlReply,
@@ -47,6 +50,23 @@ def count_up(request: GenerateRequest) -> Iterator[int]:
     return itertools.count(100)
 
 
+def scripted_logprob(token: int) -> float:
+    """Wherever the token is; of all tokens asked for the lowest ids are the likeliest."""
+    return -(token + 1) / 8
+
+
+def _scripted_scores(tokens: Sequence[int], wish: LogprobWish) -> TokenScores:
+    def rows(ids: Sequence[int]) -> Any:
+        return np.tile(np.array([*map(scripted_logprob, ids)], np.float32), (len(tokens), 1))
+
+    return TokenScores(
+        chosen=np.array([*map(scripted_logprob, tokens)], np.float32),
+        top_values=rows(range(wish.top)),
+        top_ids=np.tile(np.arange(wish.top, dtype=np.int32), (len(tokens), 1)),
+        listed=rows(wish.token_ids or []),
+    )
+
+
 def nothing_cached() -> int:
     return 0
 
@@ -55,6 +75,7 @@ def nothing_cached() -> int:
 class _Running:
     request: GenerateRequest
     tokens: Iterator[int | FinishReason]
+    logprobs: RequestLogprobs | None
     made: int = 0
     opened: bool = False
 
@@ -127,7 +148,8 @@ class ScriptedScheduler:
             case GenerateRequest():
                 self.received.append(message)
                 tokens = iter(self.script(message))
-                self._running[message.rid] = _Running(message, tokens)
+                logprobs = _logprobs_of(message)
+                self._running[message.rid] = _Running(message, tokens, logprobs)
             case AbortRequest():
                 for rid, running in list(self._running.items()):
                     if message.abort_all or rid.startswith(message.rid):
@@ -196,6 +218,10 @@ class ScriptedScheduler:
             if isinstance(finish.matched, int):  # a matched stop token is a token of the answer
                 ids = [*ids, finish.matched]
                 running.made += 1
+        wish = running.request.logprobs
+        if wish is not None and running.logprobs is not None:
+            for token in ids:
+                running.logprobs.take_output(_scripted_scores([token], wish))
         self._news.append(_News(running, ids, finish))
 
     def _flush(self) -> None:
@@ -213,6 +239,11 @@ class ScriptedScheduler:
                 cached_tokens=[self._cached_tokens()] * len(news),
                 completion_tokens=[entry.running.made for entry in news],
                 retractions=[0] * len(news),
+                logprobs={
+                    entry.running.request.rid: entry.running.logprobs.news(entry.new_ids, 0)
+                    for entry in news
+                    if entry.running.logprobs is not None
+                },
             )
         )
 
@@ -228,6 +259,20 @@ class ScriptedScheduler:
             spaces_between_special_tokens=sampling.spaces_between_special_tokens,
             no_stop_trim=sampling.no_stop_trim,
         )
+
+
+def _logprobs_of(request: GenerateRequest) -> RequestLogprobs | None:
+    """With those of the prompt already there."""
+    wish = request.logprobs
+    if wish is None:
+        return None
+    prompt = np.frombuffer(request.input_ids, np.int32)
+    logprobs = RequestLogprobs(wish, prompt)
+    scored = logprobs.launch(0, len(prompt))
+    if scored:
+        ids = prompt[scored.start + 1 : scored.stop + 1].tolist()
+        logprobs.take_prompt(_scripted_scores(ids, wish))
+    return logprobs
 
 
 def run_scripted_scheduler(

@@ -227,6 +227,7 @@ class ServingEngine:
         if job.cancelled:
             self._drop_fills(job.fills)
         else:
+            self._take_scores((), job.fills, job.run)
             self._settle_fills(job.fills, iter(job.run.tokens()), joins_later=True)
             self._running.join(fill.request for fill in job.fills if _wants_step(fill))
         self._admission.prompts_completed()
@@ -264,6 +265,7 @@ class ServingEngine:
 
     def finish_decode(self, job: DecodeBatch) -> None:
         tokens = iter(job.run.tokens())
+        self._take_scores(job.members, job.fills, job.run)
         self._send(self._first_tokens.step_settled())
         now_s = self._clock()
         for request in job.members:
@@ -320,6 +322,19 @@ class ServingEngine:
             fill.request.launched_output += fill.samples
             fill.request.jobs_in_flight += 1
         return self._runner.start(self._batches.step(members, fills, new_slots))
+
+    def _take_scores(self, members: Sequence[Request], fills: Sequence[Fill], run: Run) -> None:
+        """Log-probabilities of the run's tokens, in front of the tokens themselves."""
+        samples, prompts = run.scores()
+        if samples:
+            sampling = [*members, *[fill.request for fill in fills if fill.samples]]
+            for place, scores in samples.items():
+                request = sampling[place]
+                if request.finish is None and request.logprobs is not None:
+                    request.logprobs.take_output(scores)
+        for fill, scores in zip([fill for fill in fills if fill.scored], prompts, strict=True):
+            if fill.request.logprobs is not None:
+                fill.request.logprobs.take_prompt(scores)
 
     def _settle_fills(
         self, fills: Sequence[Fill], tokens: Iterator[int], *, joins_later: bool = False

@@ -22,6 +22,7 @@ from drift_scheduler.timeline import TimelinePage
 from drift_scheduler.window import TimelineWindow
 from sglang.srt.errors import Overloaded, RequestError
 from sglang.srt.ipc import AsyncReceiver, IpcNames, Sender
+from sglang.srt.managers.answer_logprobs import AnswerLogprobs
 from sglang.srt.managers.answers import Answer, Update
 from sglang.srt.managers.call import Call, EngineFailed
 from sglang.srt.managers.prompts import Prompt, PromptEncoder, TokenizedPrompt
@@ -121,7 +122,15 @@ class TokenizerManager:
         call_id = rid if isinstance(rid, str) else names[0]
         expanded = [answer for prompt in tokenized for answer in _each_answer(prompt)]
         answers = [
-            Answer(i, name, call_id, self._wire_ids.make(name), prompt, started_s)
+            Answer(
+                index=i,
+                rid=name,
+                call_id=call_id,
+                wire_id=self._wire_ids.make(name),
+                prompt=prompt,
+                started_s=started_s,
+                logprobs=None if prompt.logprobs is None else AnswerLogprobs.empty(),
+            )
             for i, (name, prompt) in enumerate(zip(names, expanded, strict=True))
         ]
         call = Call(answers, stream)
@@ -247,6 +256,7 @@ class TokenizerManager:
                 namespace=answer.prompt.namespace,
                 slo=answer.prompt.level.slo,
                 slo_class=answer.prompt.level.class_name,
+                logprobs=answer.prompt.logprobs,
             )
         )
 

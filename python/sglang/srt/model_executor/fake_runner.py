@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from drift_scheduler.lane import Lane, Work
 from drift_scheduler.lane_virtual import TimedWork
+from sglang.srt.logprobs import NO_SCORES, BatchScores, LogprobWish, TokenScores
 from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
 
 # Seconds that so many layers of a batch take on a lane.
@@ -51,6 +52,27 @@ def choose_by_hash(vocab_size: int) -> Choose:
         raise AssertionError(f"all {vocab_size} tokens are withheld")
 
     return choose
+
+
+def logprob_by_hash(hash_of_prefix: int, token: int) -> float:
+    """What the fake device says of a token behind a prefix."""
+    return -((hash_of_prefix + 31 * token) % 997) / 128
+
+
+def scores_by_hash(hashes: Sequence[int], tokens: Sequence[int], wish: LogprobWish) -> TokenScores:
+    """Of each token behind the prefix of that hash; the "likeliest" are 0, 1, 2, ..."""
+    top, listed = range(wish.top), wish.token_ids or []
+
+    def rows(ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        values = [[logprob_by_hash(before, token) for token in ids] for before in hashes]
+        return np.array(values, np.float32).reshape(len(hashes), len(ids))
+
+    return TokenScores(
+        chosen=np.array(list(map(logprob_by_hash, hashes, tokens)), np.float32),
+        top_values=rows(top),
+        top_ids=np.tile(np.arange(wish.top, dtype=np.int32), (len(hashes), 1)),
+        listed=rows(listed),
+    )
 
 
 def cost_by_tokens(batch: HostBatch, layers: int, lane: Lane) -> float:
@@ -111,6 +133,7 @@ class FakeRun:
         self._parts: list[_Part] = []
         self._layers_launched = 0
         self._tokens: list[int] = []
+        self._scores = NO_SCORES
 
     def slice_work(self, lane: Lane, first: int, last: int) -> Work:
         runner, batch = self._runner, self._batch
@@ -130,6 +153,9 @@ class FakeRun:
     def tokens(self) -> list[int]:
         self._check(layers_of_new=self._runner.num_layers)
         return self._tokens
+
+    def scores(self) -> BatchScores:
+        return self._scores
 
     def _begin(self) -> None:
         """Brings the slot table up to date and writes the records of the new tokens."""
@@ -191,11 +217,21 @@ class FakeRun:
 
     def _sample(self) -> None:
         runner, batch = self._runner, self._batch
-        for wish, token_index, position in zip(
-            batch.samples, batch.sample_tokens, batch.sample_positions, strict=True
+        hashes = runner.slot_hashes[batch.token_slots]
+        samples: dict[int, TokenScores] = {}
+        for i, (wish, token_index, position) in enumerate(
+            zip(batch.samples, batch.sample_tokens, batch.sample_positions, strict=True)
         ):
-            hash_of_prefix = int(runner.slot_hashes[batch.token_slots[token_index]])
-            self._tokens.append(runner.choose(hash_of_prefix, wish, int(position)))
+            hash_of_prefix = int(hashes[token_index])
+            token = runner.choose(hash_of_prefix, wish, int(position))
+            self._tokens.append(token)
+            if wish.logprobs is not None:
+                samples[i] = scores_by_hash([hash_of_prefix], [token], wish.logprobs)
+        prompts = []
+        for first, next_ids, asked in batch.scored:
+            before = hashes[first : first + len(next_ids)].tolist()
+            prompts.append(scores_by_hash(before, next_ids.tolist(), asked))
+        self._scores = BatchScores(samples, prompts)
         runner.relay[batch.sample_rows] = self._tokens
 
 

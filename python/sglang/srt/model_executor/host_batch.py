@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.logprobs import LogprobWish
 from sglang.srt.model_executor.forward_batch import ForwardBatch
 from sglang.srt.sampling_params import SamplingParams
 
@@ -24,17 +25,30 @@ class SampleWish:
     requests in the next launch are told by identity.
 
     withheld_ids cannot be chosen at positions before withheld_until (min_new_tokens).
+    logprobs: what is to be told of each token, None if nothing.
     """
 
     sampling: SamplingParams
     seed: int
     withheld_ids: tuple[int, ...] = ()
     withheld_until: int = 0
+    logprobs: LogprobWish | None = None
 
     @property
     def takes_likeliest(self) -> bool:
         """Whether the largest logit decides, and nothing else."""
         return self.sampling.greedy and not self.withheld_ids
+
+
+class PromptPart(NamedTuple):
+    """Prompt tokens whose log-probabilities a launch is to tell.
+
+    next_ids [n]: the tokens behind the flattened tokens `first` and on.
+    """
+
+    first: int
+    next_ids: Ints
+    wish: LogprobWish
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,7 @@ class HostBatch:
     table_index, table_slots: flat writes to the slot table that this launch brings up to date.
     samples: a wish for every request that gets a token; sample_tokens [samples], the flattened
     token index whose logits choose it; sample_rows [samples] where it goes in the relay table.
+    scored: parts of prompts, beside the samples, that log-probabilities are wanted of.
     """
 
     decode_reqs: int
@@ -61,6 +76,7 @@ class HostBatch:
     samples: tuple[SampleWish, ...]
     sample_tokens: Ints
     sample_rows: Ints
+    scored: tuple[PromptPart, ...] = ()
 
     @property
     def is_decode(self) -> bool:

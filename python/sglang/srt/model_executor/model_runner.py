@@ -19,8 +19,10 @@ import torch
 
 from drift_scheduler.lane import Lane, Phase, Work
 from sglang.srt.layers.attention.base import AttentionBackend, KVPool
+from sglang.srt.layers.logprobs import PackedScores, SampleScores, prompt_scores
 from sglang.srt.layers.matmul.base import Matmul
-from sglang.srt.layers.sampler import SamplingBatch, Withheld, likeliest, sample
+from sglang.srt.layers.sampler import SamplingBatch, Withheld, choose, likeliest
+from sglang.srt.logprobs import NO_SCORES, BatchScores, TokenScores
 from sglang.srt.model_executor.host_batch import (
     DeviceBatch,
     HostBatch,
@@ -59,6 +61,10 @@ class Run(Protocol):
 
     def tokens(self) -> list[int]:
         """The sampled tokens, in the order of the batch's samples; after the last slice is done."""
+        ...
+
+    def scores(self) -> BatchScores:
+        """What the batch's wishes ask to be told of its tokens, when `tokens` can be taken."""
         ...
 
 
@@ -125,17 +131,35 @@ class ModelRunner:
         rows: torch.Tensor,
         positions: torch.Tensor,
         result: torch.Tensor,
-    ) -> None:
+    ) -> PackedScores | None:
         """Samples; tokens go to the relay table's rows and, asynchronously, to `result`.
 
-        logits [samples, vocab_size]; rows, positions [samples] i64: see SampleTensors.
+        logits [samples, vocab_size]; rows, positions [samples] i64: see SampleTensors. Returns
+        what `sample_scores` wants to know of the tokens.
         """
         if self.takes_likeliest(host):
             tokens = likeliest(logits)
         else:
-            tokens = sample(logits, positions, self._sampling_for(host))
+            sampling = self._sampling_for(host)
+            logits = sampling.adjusted(logits, positions)
+            tokens = choose(logits, positions, sampling)
         self.relay[rows] = tokens
         result.copy_(tokens, non_blocking=True)
+        return self.score(host, logits, tokens)
+
+    def score(
+        self, host: HostBatch, logits: torch.Tensor, tokens: torch.Tensor
+    ) -> PackedScores | None:
+        """Of the tokens [samples] i64 chosen by logits [samples, vocab_size]; None if nobody has
+        asked. On the lane."""
+        asked = self.sample_scores(host)
+        return None if asked is None else asked.compute(logits, tokens)
+
+    def sample_scores(self, batch: HostBatch) -> SampleScores | None:
+        """Which of its samples are to tell their log-probabilities, None if none."""
+        if batch.is_decode:
+            return self._decode_sampling.scores(batch.samples)
+        return _sample_scores(batch.samples, self.device)
 
     def takes_likeliest(self, batch: HostBatch) -> bool:
         """Whether the largest logit decides for all its samples; on the lane."""
@@ -166,6 +190,8 @@ class ModelRun:
         self._state: HiddenState | None = None
         self._context: LayerContext | None = None
         self._result = runner.new_result(batch)
+        self._sample_scores: PackedScores | None = None
+        self._prompt_scores: list[PackedScores] = []
 
     @property
     def indivisible(self) -> bool:
@@ -183,6 +209,18 @@ class ModelRun:
 
     def tokens(self) -> list[int]:
         return self._result.tolist()
+
+    def scores(self) -> BatchScores:
+        host = self._host
+        if self._sample_scores is None and not host.scored:
+            return NO_SCORES
+        return BatchScores(
+            _of_samples(host, self._sample_scores),
+            [
+                scores.of(0, len(part.next_ids), part.wish)
+                for part, scores in zip(host.scored, self._prompt_scores, strict=True)
+            ],
+        )
 
     def _fits(self, graphs: PrefillGraphs) -> bool:
         host = self._host
@@ -214,10 +252,21 @@ class ModelRun:
 
     def _finish(self, batch: DeviceBatch, state: HiddenState) -> None:
         """Chooses the tokens that the batch is to yield."""
+        runner = self._runner
+        model = runner.model
         if self._host.samples:
             tokens, rows, positions = batch.samples
-            logits = self._runner.model.logits(state, tokens)
-            self._runner.choose(self._host, logits, rows, positions, self._result)
+            logits = model.logits(state, tokens)
+            self._sample_scores = runner.choose(self._host, logits, rows, positions, self._result)
+        for part in self._host.scored:
+            self._prompt_scores.append(
+                prompt_scores(
+                    lambda tokens: model.logits(state, tokens),
+                    *part,
+                    model.config.vocab_size,
+                    runner.device,
+                )
+            )
 
     def _begin(self) -> tuple[DeviceBatch, torch.Tensor]:
         """The batch on the device, its slots in the table, and the ids of all its tokens."""
@@ -238,6 +287,7 @@ class GraphedStep:
         self._graphs = graphs
         self._host = batch
         self._result = runner.new_result(batch)
+        self._scores: PackedScores | None = None
 
     @property
     def indivisible(self) -> bool:
@@ -250,6 +300,11 @@ class GraphedStep:
     def tokens(self) -> list[int]:
         return self._result.tolist()
 
+    def scores(self) -> BatchScores:
+        if self._scores is None:
+            return NO_SCORES
+        return BatchScores(_of_samples(self._host, self._scores), ())
+
     def _run(self, lane: Lane) -> None:
         runner, host = self._runner, self._host
         assert len(host.samples) == len(host.rows), "a decode step samples every request"
@@ -259,8 +314,17 @@ class GraphedStep:
         step = self._graphs.replay(lane, host)
         if runner.takes_likeliest(host):
             self._result.copy_(step.tokens, non_blocking=True)
+            self._scores = runner.score(host, step.logits, step.tokens)
             return
-        runner.choose(host, step.logits, step.rows, step.positions + 1, self._result)
+        positions = step.positions + 1
+        self._scores = runner.choose(host, step.logits, step.rows, positions, self._result)
+
+
+def _of_samples(host: HostBatch, scores: PackedScores | None) -> Mapping[int, TokenScores]:
+    if scores is None:
+        return {}
+    wishes = {i: wish.logprobs for i, wish in enumerate(host.samples) if wish.logprobs is not None}
+    return {place: scores.of(i, i + 1, wish) for i, (place, wish) in enumerate(wishes.items())}
 
 
 class _SamplingCache:
@@ -273,6 +337,7 @@ class _SamplingCache:
         self._samples: tuple[SampleWish, ...] = ()
         self._takes_likeliest = True
         self._batch: SamplingBatch | None = None
+        self._scores: SampleScores | None = None
 
     def takes_likeliest(self, samples: tuple[SampleWish, ...]) -> bool:
         self._look_at(samples)
@@ -284,11 +349,26 @@ class _SamplingCache:
             self._batch = _sampling_batch(samples, self._vocab_size, self._device)
         return self._batch
 
+    def scores(self, samples: tuple[SampleWish, ...]) -> SampleScores | None:
+        self._look_at(samples)
+        return self._scores
+
     def _look_at(self, samples: tuple[SampleWish, ...]) -> None:
         if samples != self._samples:
             self._samples = samples
             self._takes_likeliest = all(wish.takes_likeliest for wish in samples)
             self._batch = None
+            self._scores = _sample_scores(samples, self._device)
+
+
+def _sample_scores(samples: tuple[SampleWish, ...], device: torch.device) -> SampleScores | None:
+    if all(wish.logprobs is None for wish in samples):
+        return None
+    return SampleScores.of(
+        [wish.logprobs for wish in samples],
+        [1.0 if wish.sampling.greedy else wish.sampling.temperature for wish in samples],
+        device,
+    )
 
 
 def _sampling_batch(
