@@ -5,13 +5,21 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from sglang.srt.entrypoints import error_forms, multiplex, native, operations, parse_text
+from sglang.srt.entrypoints import (
+    error_forms,
+    multiplex,
+    native,
+    not_generation,
+    operations,
+    parse_text,
+)
 from sglang.srt.entrypoints.anthropic import serving_messages
 from sglang.srt.entrypoints.auth import BearerAuth
 from sglang.srt.entrypoints.openai import (
     serving_chat,
     serving_completions,
     serving_models,
+    serving_score,
     serving_tokenize,
 )
 from sglang.srt.entrypoints.openai.responses import serving as serving_responses
@@ -33,7 +41,9 @@ def build_app(state: ServerState) -> FastAPI:
         serving_models,
         serving_responses,
         serving_messages,
+        serving_score,
         serving_tokenize,
+        not_generation,
     ):
         app.include_router(part.router)
     if state.args.enable_metrics:

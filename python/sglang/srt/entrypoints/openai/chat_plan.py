@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang.srt.entrypoints.openai.chat_template import render, template_variables
+from sglang.srt.entrypoints.openai.logprobs import chat_wish
 from sglang.srt.entrypoints.openai.output_format import (
     Constraint,
     only_constraint,
@@ -66,6 +67,7 @@ def plan_chat(body: ChatBody, state: ServerState) -> ChatPlan:
         field="messages" if body.input_ids is None else "input_ids",
         level=state.levels.resolve(body.slo),
         add_special_tokens=False,  # the template has written them
+        logprobs=chat_wish(body.logprobs, body.top_logprobs),
     )
     return _with_readers(prompt, body, tools, constraint, state)
 

@@ -63,6 +63,7 @@ class CompletionBody(_GenerationBody):
     prompt: AnyPrompt
     max_tokens: int | None = None
     echo: bool | None = None
+    logprobs: int | None = None
     suffix: str | None = None
     best_of: int | None = None
     return_prompt_token_ids: bool | None = None
@@ -119,6 +120,8 @@ class Tool(_Body):
 class ChatBody(_GenerationBody):
     messages: list[ChatMessage]
     input_ids: list[int] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     tools: list[Tool] | None = None
@@ -185,22 +188,17 @@ _NEUTRAL: Neutral = {
     "disagg_prefill_dp_rank": ABSENT,
     "data_parallel_rank": (None, 0),
 }
-COMPLETION_NEUTRAL: Neutral = {
-    **_NEUTRAL,
-    "logprobs": (None,),
-}
+COMPLETION_NEUTRAL = _NEUTRAL
 CHAT_NEUTRAL: Neutral = {
     **_NEUTRAL,
     "audio": (None,),
     "function_call": (None, "none", "auto"),
     "functions": ABSENT,
-    "logprobs": OFF,
     "max_dynamic_patch": (None,),
     "min_dynamic_patch": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "task": (None,),
-    "top_logprobs": (None, 0),
     "use_audio_in_video": OFF,
     "verbosity": (None,),
     "web_search_options": (None,),

@@ -12,6 +12,7 @@ from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.native import meta_info
 from sglang.srt.entrypoints.openai.chat_plan import ChatPlan, plan_chat
+from sglang.srt.entrypoints.openai.logprobs import chat_entries, shown
 from sglang.srt.entrypoints.openai.protocol import CHAT_NEUTRAL, INFORMATIONAL, ChatBody
 from sglang.srt.entrypoints.openai.reply import Reply, check_model, finish_fields, token_id_fields
 from sglang.srt.entrypoints.openai.sampling import openai_names
@@ -62,6 +63,7 @@ class _Shape:
         self._plan = plan
         self._readers: dict[int, AnswerReader] = {}
         self._called: set[int] = set()
+        self._unsent: dict[int, list[dict[str, Any]]] = {}  # log-probabilities of held text
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         said = self._plan.new_reader().read(answer.text)
@@ -83,7 +85,11 @@ class _Shape:
             "reasoning_content": said.reasoning or None,
             "tool_calls": calls or None,
         }
-        choice = {"index": answer.index, "message": message, "logprobs": None, **self._end(answer)}
+        content = None
+        if answer.logprobs is not None:
+            content = {"content": chat_entries(shown(answer.logprobs.output, answer))}
+        choice = {"index": answer.index, "message": message, "logprobs": content}
+        choice |= self._end(answer)
         choice |= token_id_fields(
             answer,
             answer.output_ids,
@@ -113,11 +119,25 @@ class _Shape:
             chunks.append(self._chunk(answer, {"content": None}) | self._end(answer))
         elif self._body.return_token_ids and not chunks:
             chunks.append(self._chunk(answer, {}))
+        self._add_logprobs(update, chunks)
         if chunks:
             chunks[-1] |= token_id_fields(
                 answer, update.new_ids, output=self._body.return_token_ids
             )
         return chunks
+
+    def _add_logprobs(self, update: Update, chunks: list[dict[str, Any]]) -> None:
+        """Those of tokens whose text is held back wait for a chunk that says something."""
+        if update.new_logprobs is None:
+            return
+        index = update.answer.index
+        entries = self._unsent.pop(index, [])
+        entries += chat_entries(shown(update.new_logprobs.output, update.answer))
+        telling = [chunk for chunk in chunks if "role" not in chunk["delta"]]
+        if entries and telling:
+            telling[0]["logprobs"] = {"content": entries}
+        elif entries:
+            self._unsent[index] = entries
 
     def _delta(self, index: int, piece: Piece) -> dict[str, Any]:
         match piece:

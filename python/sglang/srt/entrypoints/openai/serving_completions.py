@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
 from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.openai.logprobs import CompletionLogprobs, completion_wish
 from sglang.srt.entrypoints.openai.output_format import (
     only_constraint,
     response_format_constraint,
@@ -25,6 +26,7 @@ from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_leaves
 from sglang.srt.entrypoints.value_types import is_batch_of_ids
 from sglang.srt.errors import RequestError
+from sglang.srt.managers.answer_logprobs import AnswerLogprobs
 from sglang.srt.managers.answers import Answer, Update
 from sglang.srt.managers.prompts import Prompt, namespace_of
 
@@ -69,6 +71,7 @@ class _Shape:
         self._body = body
         self._echo: list[str] | None = None
         self._started: set[int] = set()
+        self._logprobs: dict[int, CompletionLogprobs] = {}
         if body.echo:
             decode = state.manager.encoder.decode
             self._echo = [
@@ -77,7 +80,7 @@ class _Shape:
             ]
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        choice = self._choice(answer, self._prefix(answer) + answer.text)
+        choice = self._choice(answer, self._prefix(answer) + answer.text, answer.logprobs)
         return choice | self._ids(answer, answer.output_ids, first=True)
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:
@@ -86,9 +89,13 @@ class _Shape:
         if first:
             self._started.add(answer.index)
             text = self._prefix(answer) + text
-        if not text and answer.finish is None and not self._body.return_token_ids:
+        silent = self._body.logprobs is None and not self._body.return_token_ids
+        if not text and answer.finish is None and silent:
             return []
-        return [self._choice(answer, text) | self._ids(answer, update.new_ids, first)]
+        return [
+            self._choice(answer, text, update.new_logprobs)
+            | self._ids(answer, update.new_ids, first)
+        ]
 
     def _ids(self, answer: Answer, new_ids: list[int], first: bool) -> dict[str, Any]:
         return token_id_fields(
@@ -101,8 +108,13 @@ class _Shape:
     def _prefix(self, answer: Answer) -> str:
         return "" if self._echo is None else self._echo[answer.index // self._n]
 
-    def _choice(self, answer: Answer, text: str) -> dict[str, Any]:
-        return {"index": answer.index, "text": text, "logprobs": None, **finish_fields(answer)}
+    def _choice(self, answer: Answer, text: str, news: AnswerLogprobs | None) -> dict[str, Any]:
+        logprobs = None
+        if news is not None:
+            reader = self._logprobs.setdefault(answer.index, CompletionLogprobs())
+            logprobs = reader.of(news, answer)
+        end = finish_fields(answer)
+        return {"index": answer.index, "text": text, "logprobs": logprobs, **end}
 
 
 def _prompts(body: CompletionBody, state: ServerState) -> list[Prompt]:
@@ -132,7 +144,15 @@ def _prompts(body: CompletionBody, state: ServerState) -> list[Prompt]:
         texts, rows = [], [given]
     else:
         texts, rows = given, []
-    common = Prompt(sampling, namespace=namespace, field="prompt", level=level)
+    common = Prompt(
+        sampling,
+        namespace=namespace,
+        field="prompt",
+        level=level,
+        logprobs=completion_wish(
+            body.logprobs, echo=bool(body.echo), vocab_size=state.model.vocab_size
+        ),
+    )
     prompts = [replace(common, text=text) for text in texts]
     prompts += [replace(common, input_ids=row) for row in rows]
     if not prompts:
