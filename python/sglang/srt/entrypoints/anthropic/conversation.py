@@ -102,8 +102,7 @@ def _messages(body: CountTokensBody) -> list[ChatMessage]:
     messages = []
     system = body.system
     if isinstance(system, list):
-        blocks = _blocks(system, {"text": TextBlock}, "system")
-        system = "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
+        system = _joined_text(system, "system")
     if system:
         messages.append(ChatMessage(role="system", content=system))
     for i, message in enumerate(body.messages):
@@ -112,6 +111,9 @@ def _messages(body: CountTokensBody) -> list[ChatMessage]:
             messages.append(ChatMessage(role=message.role, content=message.content))
         elif message.role == "assistant":
             messages.append(_assistant(message.content, path))
+        elif message.role == "system":
+            text = _joined_text(message.content, path)
+            messages.append(ChatMessage(role="system", content=text))
         else:
             messages += _user(message, path)
     return messages
@@ -137,9 +139,13 @@ def _user(message: InputMessage, path: str) -> list[ChatMessage]:
 def _result_text(block: ToolResultBlock, path: str) -> str:
     content = block.content or ""
     if isinstance(content, list):
-        blocks = _blocks(content, {"text": TextBlock}, path)
-        content = "\n".join(b.text for b in blocks if isinstance(b, TextBlock))
+        content = _joined_text(content, path)
     return f"Error: {content}" if block.is_error else content
+
+
+def _joined_text(content: list[dict[str, Any]], path: str) -> str:
+    blocks = _blocks(content, {"text": TextBlock}, path)
+    return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
 
 
 def _assistant(content: list[dict[str, Any]], path: str) -> ChatMessage:

@@ -40,6 +40,7 @@ class ToolUseBlock(_Block):
     name: str
     input: dict[str, Any]
     caller: dict[str, Any] | None = None
+    toolset_name: str | None = None
 
 
 class ToolResultBlock(_Block):
@@ -47,10 +48,11 @@ class ToolResultBlock(_Block):
     tool_use_id: str
     content: str | list[dict[str, Any]] | None = None
     is_error: bool | None = None
+    toolset_name: str | None = None
 
 
 class InputMessage(_Body):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[dict[str, Any]]
 
 
@@ -60,6 +62,8 @@ class Tool(_Block):
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
+    eager_input_streaming: bool | None = None  # arguments always come as they are written
+    defer_loading: Literal[False] | None = None
 
 
 class ToolChoice(_Body):
@@ -69,11 +73,11 @@ class ToolChoice(_Body):
 
 
 class Thinking(_Body):
-    """budget_tokens and display are taken and change nothing: the model decides."""
+    """budget_tokens changes nothing: the model decides. Thoughts are sent as they are."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
-    display: str | None = None
+    display: Literal["summarized"] | None = None
 
 
 class OutputConfig(_Body):
@@ -103,7 +107,17 @@ class MessagesBody(CountTokensBody):
 
 
 INFORMATIONAL = frozenset(
-    {"metadata", "service_tier", "inference_geo", "cache_control", "betas", "speed"}
+    {
+        "betas",
+        "cache_control",
+        "diagnostics",
+        "inference_geo",
+        "metadata",
+        "service_tier",
+        "speed",
+        "user_profile_id",
+        "workspace_id",
+    }
 )
 NEUTRAL: Neutral = {
     "container": ABSENT,

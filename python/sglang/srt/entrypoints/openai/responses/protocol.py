@@ -108,7 +108,10 @@ class ResponsesBody(_Body):
 # What never changes an answer.
 INFORMATIONAL = frozenset(
     {
+        "access_programs",
+        "background_options",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
@@ -119,6 +122,7 @@ INFORMATIONAL = frozenset(
 NEUTRAL: Neutral = {
     "conversation": (None,),
     "context_management": ABSENT,
+    "image": (None,),
     "include": (None, [], "reasoning.encrypted_content"),  # thoughts are sent openly
     "max_tool_calls": (None,),
     "moderation": (None,),
