@@ -1,10 +1,14 @@
-"""Shared by the CPU tests: a real model if installed, tiny random ones, and a way to run them."""
+"""Shared by the CPU tests: a real model if installed, tiny random ones, and two ways to run them:
+the model alone, or the whole engine with its lanes."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,15 @@ import torch
 
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
 from sglang.srt.layers.matmul.base import TorchMatmul
+from sglang.srt.logprobs import LogprobWish
+from sglang.srt.managers.answer_logprobs import AnswerLogprobs
+from sglang.srt.managers.engine_parts import build_engine
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
+from sglang.srt.messages import FinishReason, GenerateRequest, token_ids
 from sglang.srt.model_executor.forward_batch import ForwardBatch
 from sglang.srt.models.base import CausalLM, LayerContext
+from sglang.srt.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
 
 TinyModelDir = Callable[..., Path]
 
@@ -148,3 +158,80 @@ class PagedRunner:
 def paged_runner() -> type[PagedRunner]:
     """The PagedRunner class."""
     return PagedRunner
+
+
+@dataclass(eq=False)
+class EngineAnswer:
+    """What the engine has sent of one request."""
+
+    ids: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    retractions: int = 0
+    finish: FinishReason | None = None
+    logprobs: AnswerLogprobs = field(default_factory=AnswerLogprobs.empty)
+
+
+Asked = tuple[Sequence[int], SamplingParams, LogprobWish | None]
+
+
+class TinyEngine:
+    """The engine that a server with these flags would have, driven by the test."""
+
+    def __init__(self, **flags: Any) -> None:
+        args = ServerArgs(**{"device": "cpu", "random_seed": 1, **flags})
+        args.check()
+        self.parts = build_engine(args)
+        self._asked = 0
+
+    def serve(self, requests: Sequence[Asked], limit_s: float = 60) -> list[EngineAnswer]:
+        """Asks all at once; the answers when all are complete."""
+        parts = self.parts
+        answers: dict[str, EngineAnswer] = {}
+        for prompt, sampling, wish in requests:
+            self._asked += 1
+            rid = f"r{self._asked}"
+            answers[rid] = EngineAnswer()
+            parts.engine.add(
+                GenerateRequest(
+                    rid=rid,
+                    input_ids=token_ids(prompt),
+                    sampling=sampling,
+                    arrival_s=time.monotonic(),
+                    logprobs=wish and wish.for_prompt(len(prompt)),
+                )
+            )
+        deadline_s = time.monotonic() + limit_s
+        while not (parts.engine.idle and parts.gang.idle):
+            progressed = parts.gang.turn()
+            parts.engine.check()
+            self._read(answers)
+            if not progressed:
+                assert time.monotonic() < deadline_s, "requests are not served in time"
+                select.select([parts.executor.lanes.completion_fd()], [], [], 0.05)
+        self._read(answers)
+        return list(answers.values())
+
+    def _read(self, answers: dict[str, EngineAnswer]) -> None:
+        batch = self.parts.outbox.flush()
+        for i, rid in enumerate(batch.rids if batch else ()):
+            answer = answers[rid]
+            answer.ids += batch.new_ids[i]
+            answer.cached_tokens = batch.cached_tokens[i]
+            answer.retractions = batch.retractions[i]
+            answer.finish = batch.finish[i]
+            if rid in batch.logprobs:
+                answer.logprobs.take(batch.logprobs[rid])
+
+
+@pytest.fixture
+def tiny_engine() -> Iterator[Callable[..., TinyEngine]]:
+    """tiny_engine(model_path=..., **flags) builds an engine; its lanes end with the test."""
+    started: list[TinyEngine] = []
+
+    def start(**flags: Any) -> TinyEngine:
+        started.append(TinyEngine(**flags))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.parts.executor.close()

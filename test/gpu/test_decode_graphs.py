@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from drift_scheduler.lane import Phase
 from sglang.srt.layers.attention.triton_backend import TritonAttention
 from sglang.srt.layers.matmul.base import TorchMatmul
+from sglang.srt.logprobs import LogprobWish
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
@@ -100,14 +101,16 @@ def graphs(runner, lanes):
     return graphs
 
 
-def decode_batch(lengths: list[int]) -> HostBatch:
+def decode_batch(
+    lengths: list[int], logprobs: LogprobWish | None = None, temperature: float = 0
+) -> HostBatch:
     """One step of requests whose slots are a fixed shuffle; positions follow from the lengths."""
     count = len(lengths)
     slots = np.random.default_rng(7).permutation(np.arange(1, MAX_REQS * CONTEXT))
     per_row = [slots[i * 400 : i * 400 + length] for i, length in enumerate(lengths)]
     rows = np.arange(1, count + 1)
     table_index = [row * CONTEXT + np.arange(len(s)) for row, s in zip(rows, per_row, strict=True)]
-    sampling = SamplingParams(temperature=0)
+    sampling = SamplingParams(temperature=temperature)
     return HostBatch(
         decode_reqs=count,
         input_ids=np.empty(0, dtype=np.int64),
@@ -118,7 +121,7 @@ def decode_batch(lengths: list[int]) -> HostBatch:
         new_lens=np.ones(count, dtype=np.int64),
         table_index=np.concatenate(table_index),
         table_slots=np.concatenate(per_row),
-        samples=tuple(SampleWish(sampling, seed=i) for i in range(count)),
+        samples=tuple(SampleWish(sampling, seed=i, logprobs=logprobs) for i in range(count)),
         sample_tokens=np.arange(count),
         sample_rows=rows,
     )
@@ -143,6 +146,57 @@ def test_graphs_agree_with_eager_steps_on_every_lane(runner, graphs, lanes, leng
         eager = step(runner, lane, lengths)
         runner.use_graphs(graphs)
         assert step(runner, lane, lengths) == eager, str(lane.partition)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_log_probabilities_of_a_graphed_step_are_those_of_an_eager_one(
+    runner, graphs, lanes, temperature
+):
+    wish = LogprobWish(top=3, token_ids=[5, 900])
+    for index in range(len(lanes.table)):
+        lane = lanes.lane(Phase.DECODE, lanes.table[index])
+        told = []
+        for used in (None, graphs):
+            runner.graphs = used
+            with torch.inference_mode():
+                runner.relay.copy_(torch.arange(len(runner.relay)) * 37 % 1000)
+            torch.cuda.synchronize()
+            run = runner.start(decode_batch([300, 7, 64], wish, temperature))
+            lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
+            told.append((run.tokens(), run.scores().samples))
+        (tokens, eager), (same_tokens, graphed) = told
+        assert tokens == same_tokens
+        assert eager.keys() == graphed.keys() == {0, 1, 2}
+        for place, scores in eager.items():
+            for ours, theirs in zip(graphed[place], scores, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-4)
+            if temperature == 0:
+                assert scores.top_ids[0, 0] == tokens[place]
+                assert scores.chosen[0] == pytest.approx(scores.top_values[0, 0])
+
+
+def test_log_probabilities_arrive_in_pinned_memory_with_those_of_a_prompt(runner, lanes, device):
+    """Prompt parts of an eager launch, in small pieces and in one, against torch's own softmax."""
+    from sglang.srt.layers.logprobs import prompt_scores
+
+    vocab_size = runner.model.config.vocab_size
+    logits = torch.randn(40, vocab_size, device=device, dtype=torch.bfloat16)
+    next_ids = np.random.default_rng(1).integers(0, vocab_size, 30)
+    wish = LogprobWish(top=4, token_ids=[1, 2, 3])
+    packed = prompt_scores(
+        lambda tokens: logits[tokens], 5, next_ids, wish, vocab_size, torch.device(device)
+    )
+    torch.cuda.synchronize()
+    assert packed.rows.is_pinned()
+    scores = packed.of(0, 30, wish)
+    expected = logits[5:35].double().log_softmax(-1).cpu()
+    np.testing.assert_allclose(
+        scores.chosen, expected[torch.arange(30), torch.from_numpy(next_ids)], atol=1e-4
+    )
+    np.testing.assert_allclose(scores.listed, expected[:, [1, 2, 3]], atol=1e-4)
+    np.testing.assert_allclose(scores.top_values, expected.topk(4).values, atol=1e-4)
+    at_top = expected.gather(1, torch.from_numpy(scores.top_ids.astype(np.int64)))
+    np.testing.assert_allclose(at_top, scores.top_values, atol=1e-4)
 
 
 def test_larger_batches_than_the_largest_graph_run_eagerly(graphs):

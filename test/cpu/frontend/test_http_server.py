@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from sglang.srt.entrypoints.server_state import Phase
+from sglang.srt.managers.scripted_scheduler import scripted_logprob
 from sglang.srt.messages import FinishReason
 
 TEXT = "Hello there, General Kenobi!"
@@ -54,6 +55,88 @@ class TestGenerate:
             "weight_version": "default",
             "dp_rank": None,
         }
+
+    def test_log_probabilities_have_the_shapes_of_the_contract(self, server: Any) -> None:
+        tokenizer = server.engine.tokenizer
+        prompt = [5, 6, 7, 8]
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {"max_new_tokens": 2},
+            "return_logprob": True,
+            "logprob_start_len": 1,
+            "top_logprobs_num": 2,
+            "token_ids_logprob": [40, 30],
+            "return_text_in_logprobs": True,
+        }
+        result = server.client.post("/generate", json=body).json()
+        info, output = result["meta_info"], result["output_ids"]
+
+        def triple(token: int) -> list[Any]:
+            return [scripted_logprob(token), token, tokenizer.decode([token])]
+
+        top, listed = [triple(0), triple(1)], [triple(40), triple(30)]
+        assert info["input_token_logprobs"] == [
+            [None, 6, tokenizer.decode([6])],
+            triple(7),
+            triple(8),
+        ]
+        assert info["output_token_logprobs"] == [triple(token) for token in output]
+        assert info["output_token_logprobs_length"] == 2
+        assert info["input_top_logprobs"] == [None, top, top]
+        assert info["output_top_logprobs"] == [top, top]
+        assert info["input_token_ids_logprobs"] == [None, listed, listed]
+        assert info["output_token_ids_logprobs"] == [listed, listed]
+
+    def test_log_probabilities_of_each_prompt_are_its_own(self, server: Any) -> None:
+        body = {
+            "input_ids": [[5, 6], [5, 6], [9]],
+            "sampling_params": {"max_new_tokens": 1},
+            "return_logprob": [True, False, True],
+            "logprob_start_len": [0, 0, -1],
+            "top_logprobs_num": [0, 3, 1],
+            "token_ids_logprob": [[], [1], [2]],
+        }
+        infos = [r["meta_info"] for r in server.client.post("/generate", json=body).json()]
+        assert infos[0]["input_token_logprobs"] == [[None, 5, None], [scripted_logprob(6), 6, None]]
+        assert not any("top_logprobs" in name or "token_ids" in name for name in infos[0])
+        assert not any("logprobs" in name for name in infos[1])
+        assert infos[2]["input_token_logprobs"] == infos[2]["input_top_logprobs"] == []
+        assert infos[2]["output_top_logprobs"] == [[[scripted_logprob(0), 0, None]]]
+        assert infos[2]["output_token_ids_logprobs"] == [[[scripted_logprob(2), 2, None]]]
+
+    @pytest.mark.parametrize("incremental", [False, True])
+    def test_streamed_log_probabilities_follow_the_ids(self, serve: Any, incremental: bool) -> None:
+        with serve(incremental_streaming_output=incremental) as server:
+            body = {
+                "input_ids": [5, 6, 7],
+                "sampling_params": {"max_new_tokens": 4},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+                "stream": True,
+            }
+            server.engine.says_forever("one two three four five")
+            parts = events(server.client.post("/generate", json=body))
+        assert len(parts) > 1
+        prompts = []
+        for part in parts:
+            info = part["meta_info"]
+            ids = [token for _, token, _ in info["output_token_logprobs"]]
+            assert ids == part["output_ids"]
+            prompts.append([token for _, token, _ in info["input_token_logprobs"]])
+        rest = [] if incremental else [5, 6, 7]
+        assert prompts == [[5, 6, 7], *[rest] * (len(parts) - 1)]
+        assert parts[-1]["meta_info"]["output_token_logprobs_length"] == 4
+
+    def test_log_probabilities_end_where_a_stop_string_does(self, server: Any) -> None:
+        body = {
+            "text": "Hi",
+            "sampling_params": {"stop": ["there"]},
+            "return_logprob": True,
+        }
+        result = server.client.post("/generate", json=body).json()
+        assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": "there"}
+        logprobs = result["meta_info"]["output_token_logprobs"]
+        assert [token for _, token, _ in logprobs] == result["output_ids"]
 
     def test_put_and_ids_and_length(self, server: Any) -> None:
         body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}}
