@@ -46,7 +46,7 @@ from sglang.srt.mem_cache.sequence_cache import SequenceCache
 from sglang.srt.mem_cache.slot_allocator import SlotAllocator
 from sglang.srt.mem_cache.slot_table import RowPool
 from sglang.srt.messages import GenerateRequest, ToDetokenizer, token_ids
-from sglang.srt.model_executor.host_batch import HostBatch
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
 from sglang.srt.sampling_params import SamplingParams
 
 WARM_UP_STEPS = 50
@@ -76,6 +76,9 @@ class NullRunner:
 
     def start(self, batch: HostBatch) -> NullRun:
         return NullRun(len(batch.samples))
+
+    def forget(self, wish: SampleWish) -> None:
+        """Nothing is kept."""
 
 
 class NullRun:

@@ -204,14 +204,15 @@ class TinyEngine:
         while not (parts.engine.idle and parts.gang.idle):
             progressed = parts.gang.turn()
             parts.engine.check()
-            self._read(answers)
+            self.read(answers)
             if not progressed:
                 assert time.monotonic() < deadline_s, "requests are not served in time"
                 select.select([parts.executor.lanes.completion_fd()], [], [], 0.05)
-        self._read(answers)
+        self.read(answers)
         return list(answers.values())
 
-    def _read(self, answers: dict[str, EngineAnswer]) -> None:
+    def read(self, answers: dict[str, EngineAnswer]) -> None:
+        """Takes what the engine has sent since the last call."""
         batch = self.parts.outbox.flush()
         for i, rid in enumerate(batch.rids if batch else ()):
             answer = answers[rid]

@@ -91,6 +91,17 @@ def test_values_inside_the_range_are_taken_as_they_are(name: str, value: Any) ->
         ("top_p", 1.01, "in (0, 1], got 1.01"),
         ("min_p", -0.01, "in [0, 1], got -0.01"),
         ("min_p", 1.5, "in [0, 1], got 1.5"),
+        ("frequency_penalty", 2.1, "in [-2, 2], got 2.1"),
+        ("presence_penalty", -2.5, "in [-2, 2], got -2.5"),
+        ("presence_penalty", "1", "finite number"),
+        ("repetition_penalty", 0, "in (0, 2], got 0.0"),
+        ("repetition_penalty", 2.01, "in (0, 2], got 2.01"),
+        ("logit_bias", [1], "must be an object"),
+        ("logit_bias", {"100": 1}, "'100', which is no token id in [0, 100)"),
+        ("logit_bias", {"-1": 1}, "'-1', which is no token id"),
+        ("logit_bias", {"five": 1}, "'five', which is no token id"),
+        ("logit_bias", {"5": "1"}, "finite number, got '1'"),
+        ("logit_bias", {"5": math.inf}, "finite number, got inf"),
         ("top_k", 0, "-1 (off) or at least 1, got 0"),
         ("top_k", -2, "-1 (off) or at least 1, got -2"),
         ("top_k", 1.5, "int"),
@@ -130,6 +141,18 @@ def test_unknown_names_are_refused() -> None:
     assert "is not a sampling parameter" in str(error)
 
 
+def test_biases_are_by_token_id() -> None:
+    biases = {7: -1.0, 99: 2.5}
+    assert _parse(logit_bias={"7": -1, 99: 2.5}).logit_bias == biases
+    assert _parse(logit_bias={}).logit_bias == {}
+
+
+def test_penalties_at_their_edges_are_taken() -> None:
+    params = _parse(frequency_penalty=-2, presence_penalty=2, repetition_penalty=2)
+    assert params.penalises
+    assert not _parse(frequency_penalty=0, repetition_penalty=1).penalises
+
+
 @pytest.mark.parametrize("fields", [[], "greedy", 5, [("top_k", 1)]])
 def test_anything_but_an_object_is_refused(fields: Any) -> None:
     with pytest.raises(RequestError, match="must be an object") as caught:
@@ -140,15 +163,11 @@ def test_anything_but_an_object_is_refused(fields: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "neutral", "asking"),
     [
-        ("frequency_penalty", 0.0, 0.5),
-        ("presence_penalty", 0, -1),
-        ("repetition_penalty", 1.0, 1.1),
         ("stop_regex", "", "a+"),
         ("json_schema", "", "{}"),
         ("regex", None, "a+"),
         ("ebnf", "", "root ::= x"),
         ("structural_tag", None, "{}"),
-        ("logit_bias", {}, {"5": 1.0}),
         ("custom_params", None, {"a": 1}),
         ("stream_interval", None, 4),
         ("beam_width", None, 2),

@@ -19,11 +19,17 @@ MAX_STOP_STRINGS = 32
 MAX_ANSWERS = 128
 MAX_COUNT = 2**31 - 1  # no sequence, vocabulary or batch is larger
 
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+)
+
 # Fields of SGLang that this server does not serve yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0, 0.0),
-    "presence_penalty": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
     "stop_regex": (None, "", []),
     "beam_width": (None,),
     "json_schema": (None, ""),
@@ -31,7 +37,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ebnf": (None, ""),
     "structural_tag": (None, ""),
     "stream_interval": (None,),
-    "logit_bias": (None, {}),
     "custom_params": (None,),
     "watermark": (None,),
 }
@@ -45,6 +50,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop: the text ends before the first of these strings (or after it with `no_stop_trim`).
     stop_token_ids: generation ends at one of these ids, beside the model's own.
     temperature: 0 means greedy. top_k: -1 means off. top_p in (0, 1], min_p in [0, 1].
+    frequency_penalty, presence_penalty: taken from the logit of a token for each time that it is in
+    the output, and if it is there at all; in [-2, 2]. repetition_penalty: the logit of a token of
+    prompt or output is divided by it, or multiplied if it is negative; in (0, 2].
+    logit_bias: token id -> what is added to its logit.
     sampling_seed: the same seed, prompt and parameters give the same tokens in any batch.
     n: number of answers; the tokenizer manager turns one request into n.
     """
@@ -57,6 +66,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     n: int = 1
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -67,6 +80,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what a request has had changes what comes next."""
+        return (
+            self.frequency_penalty != 0
+            or self.presence_penalty != 0
+            or self.repetition_penalty != 1
+        )
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any] | None, *, vocab_size: int) -> SamplingParams:
@@ -91,9 +113,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise _bad(name, "is not a sampling parameter")
         if isinstance(given.get("stop"), str):
             given["stop"] = [given["stop"]] if given["stop"] else []
-        for name in ("temperature", "top_p", "min_p"):
+        for name in _NUMBERS:
             if name in given:
                 given[name] = _finite(name, given[name])
+        if "logit_bias" in given:
+            given["logit_bias"] = _biases(given["logit_bias"], vocab_size)
         try:
             params = msgspec.convert(given, cls)
         except msgspec.ValidationError as error:
@@ -118,6 +142,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise _bad("top_p", f"must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise _bad("min_p", f"must be in [0, 1], got {self.min_p}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            penalty = getattr(self, name)
+            if not -2 <= penalty <= 2:
+                raise _bad(name, f"must be in [-2, 2], got {penalty}")
+        if not 0 < self.repetition_penalty <= 2:
+            raise _bad("repetition_penalty", f"must be in (0, 2], got {self.repetition_penalty}")
         if self.top_k != -1 and self.top_k < 1:
             raise _bad("top_k", f"must be -1 (off) or at least 1, got {self.top_k}")
         if not 1 <= self.n <= MAX_ANSWERS:
@@ -146,6 +176,21 @@ def _encodable(text: str) -> bool:
 
 def _bad(field: str, problem: str) -> RequestError:
     return RequestError(f"sampling_params.{field} {problem}", field)
+
+
+def _biases(given: Any, vocab_size: int) -> dict[int, float]:
+    """JSON's keys are strings; integers are taken too."""
+    if not isinstance(given, Mapping):
+        raise _bad("logit_bias", "must be an object of token ids and numbers")
+    biases: dict[int, float] = {}
+    for key, value in given.items():
+        is_id = type(key) is int or (isinstance(key, str) and key.isascii() and key.isdigit())
+        token = int(key) if is_id and len(str(key)) <= 10 else -1
+        if not 0 <= token < vocab_size:
+            problem = f"has the key {key!r:.40}, which is no token id in [0, {vocab_size})"
+            raise _bad("logit_bias", problem)
+        biases[token] = _finite("logit_bias", value)
+    return biases
 
 
 def _finite(field: str, value: Any) -> float:

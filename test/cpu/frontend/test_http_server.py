@@ -109,7 +109,7 @@ class TestGenerate:
         with serve(incremental_streaming_output=incremental) as server:
             body = {
                 "input_ids": [5, 6, 7],
-                "sampling_params": {"max_new_tokens": 4},
+                "sampling_params": {"max_new_tokens": 30},
                 "return_logprob": True,
                 "logprob_start_len": 0,
                 "stream": True,
@@ -125,7 +125,7 @@ class TestGenerate:
             prompts.append([token for _, token, _ in info["input_token_logprobs"]])
         rest = [] if incremental else [5, 6, 7]
         assert prompts == [[5, 6, 7], *[rest] * (len(parts) - 1)]
-        assert parts[-1]["meta_info"]["output_token_logprobs_length"] == 4
+        assert parts[-1]["meta_info"]["output_token_logprobs_length"] == 30
 
     def test_log_probabilities_end_where_a_stop_string_does(self, server: Any) -> None:
         body = {

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from sglang.srt.layers.fused import use_kernels
+from sglang.srt.layers.penalties import PenalisedRows
 from sglang.srt.sampling_params import SamplingParams
 
 # Logits of random rows at a time, 16 MiB of them: their noise stays in the L2 cache, and what is
@@ -73,6 +74,8 @@ class SamplingBatch:
     random_rows [R] i64: the rows that draw, None if all do; the others take the likeliest token.
     parts: the random rows in that order, a few at a time.
     withheld_rows, withheld_ids, withheld_until [N] i64: see Withheld; None if there are none.
+    penalised: rows whose logits depend on what they had. bias_rows, bias_ids [M] i64, biases [M]
+    f32: what is added to logits; None if there are none.
     """
 
     num_rows: int
@@ -81,10 +84,27 @@ class SamplingBatch:
     withheld_rows: torch.Tensor | None
     withheld_ids: torch.Tensor | None
     withheld_until: torch.Tensor | None
+    penalised: tuple[PenalisedRows, ...]
+    bias_rows: torch.Tensor | None
+    bias_ids: torch.Tensor | None
+    biases: torch.Tensor | None
 
     def adjusted(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What tokens are chosen by, and log-probabilities told of: see `sample` for both."""
+        """What tokens are chosen by, and log-probabilities told of: penalties first, then biases,
+        then what may not be chosen yet. f32 where there is a penalty or bias: halves are coarse.
+        """
+        if self.penalised or self.biases is not None:
+            logits = logits.to(torch.float32, copy=True)
+        for rows in self.penalised:
+            rows.apply(logits)
+        if self.biases is not None:
+            logits[self.bias_rows, self.bias_ids] += self.biases
         return _withhold(logits, positions, self)
+
+    def count(self, tokens: torch.Tensor) -> None:
+        """The tokens [B] i64 were chosen: later penalties are for them too."""
+        for rows in self.penalised:
+            rows.count(tokens)
 
     @property
     def all_greedy(self) -> bool:
@@ -99,6 +119,7 @@ class SamplingBatch:
         device: torch.device,
         *,
         withheld: Sequence[Withheld] = (),
+        penalised: tuple[PenalisedRows, ...] = (),
     ) -> SamplingBatch:
         """Row i follows params[i] and draws from seeds[i] (64 bits). Does not wait for the device.
 
@@ -110,6 +131,11 @@ class SamplingBatch:
         random = [row for row, wish in enumerate(params) if not wish.greedy]
         random_rows = upload(random, torch.int64) if len(random) < len(params) else None
         flat = [(w.row, token, w.until) for w in withheld for token in w.token_ids]
+        biased = [
+            (row, token, bias)
+            for row, wish in enumerate(params)
+            for token, bias in wish.logit_bias.items()
+        ]
         return cls(
             num_rows=len(params),
             random_rows=random_rows,
@@ -123,6 +149,10 @@ class SamplingBatch:
             withheld_rows=upload([row for row, _, _ in flat], torch.int64) if flat else None,
             withheld_ids=upload([token for _, token, _ in flat], torch.int64) if flat else None,
             withheld_until=upload([until for _, _, until in flat], torch.int64) if flat else None,
+            penalised=penalised,
+            bias_rows=upload([row for row, _, _ in biased], torch.int64) if biased else None,
+            bias_ids=upload([token for _, token, _ in biased], torch.int64) if biased else None,
+            biases=upload([bias for _, _, bias in biased], torch.float32) if biased else None,
         )
 
 

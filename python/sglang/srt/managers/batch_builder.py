@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from sglang.srt.layers.penalties import History
 from sglang.srt.managers.jobs import Fill
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.mem_cache.slot_allocator import SlotIds
@@ -78,6 +79,13 @@ class BatchBuilder:
             sample_tokens=(np.cumsum(new_lens) - 1)[sampled],
             sample_rows=rows[sampled],
             scored=_scored(decode_reqs, fills),
+            histories=tuple(
+                [
+                    _history(fill.request)
+                    for fill in fills
+                    if fill.samples and fill.request.sampling.penalises
+                ]
+            ),
         )
 
 
@@ -93,6 +101,11 @@ def _scored(decode_reqs: int, fills: Sequence[Fill]) -> tuple[PromptPart, ...]:
             parts.append(PromptPart(first, next_ids.astype(np.int64), wish))
         begin += fill.tokens
     return tuple(parts)
+
+
+def _history(request: Request) -> History:
+    output = np.array(request.output, dtype=np.int64)
+    return History(request.wish, request.prompt.astype(np.int64), output)
 
 
 def sequence_of(request: Request) -> CachedSequence:

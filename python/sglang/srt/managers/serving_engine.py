@@ -398,6 +398,7 @@ class ServingEngine:
         self._admission.filling_changed(self._filling())
         self._on_finish(request)
         if request.sequence is None:
+            self._forget_penalties(request)
             return
         if request in self._running:
             self._running.remove(request)
@@ -428,6 +429,11 @@ class ServingEngine:
         assert request.jobs_in_flight == 0, f"{request.rid}: {request.jobs_in_flight} jobs left"
         self._leaving.remove(request)
         self._admission.release(request)
+        self._forget_penalties(request)
+
+    def _forget_penalties(self, request: Request) -> None:
+        if request.sampling.penalises:
+            self._runner.forget(request.wish)
 
     def _retract(self, request: Request) -> None:
         assert request.jobs_in_flight == 0, f"{request.rid}: retracted under a job"

@@ -121,6 +121,9 @@ class FakeRunner:
     def start(self, batch: HostBatch) -> FakeRun:
         return FakeRun(self, batch)
 
+    def forget(self, wish: SampleWish) -> None:
+        """Its tokens follow from the prefix alone."""
+
 
 class FakeRun:
     """One batch. Slices must come in order and without gaps."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.penalties import History
 from sglang.srt.logprobs import LogprobWish
 from sglang.srt.model_executor.forward_batch import ForwardBatch
 from sglang.srt.sampling_params import SamplingParams
@@ -37,7 +38,9 @@ class SampleWish:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the largest logit decides, and nothing else."""
-        return self.sampling.greedy and not self.withheld_ids
+        sampling = self.sampling
+        adjusted = self.withheld_ids or sampling.logit_bias or sampling.penalises
+        return sampling.greedy and not adjusted
 
 
 class PromptPart(NamedTuple):
@@ -62,6 +65,7 @@ class HostBatch:
     samples: a wish for every request that gets a token; sample_tokens [samples], the flattened
     token index whose logits choose it; sample_rows [samples] where it goes in the relay table.
     scored: parts of prompts, beside the samples, that log-probabilities are wanted of.
+    histories: of the samples with penalties that do not decode; their owners are their wishes.
     """
 
     decode_reqs: int
@@ -77,6 +81,7 @@ class HostBatch:
     sample_tokens: Ints
     sample_rows: Ints
     scored: tuple[PromptPart, ...] = ()
+    histories: tuple[History, ...] = ()
 
     @property
     def is_decode(self) -> bool:

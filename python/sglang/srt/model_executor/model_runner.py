@@ -12,7 +12,7 @@ Tables on the device, shared by both phases, which write disjoint rows of them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from drift_scheduler.lane import Lane, Phase, Work
 from sglang.srt.layers.attention.base import AttentionBackend, KVPool
 from sglang.srt.layers.logprobs import PackedScores, SampleScores, prompt_scores
 from sglang.srt.layers.matmul.base import Matmul
+from sglang.srt.layers.penalties import PenaltyTable
 from sglang.srt.layers.sampler import SamplingBatch, Withheld, choose, likeliest
 from sglang.srt.logprobs import NO_SCORES, BatchScores, TokenScores
 from sglang.srt.model_executor.host_batch import (
@@ -76,6 +77,10 @@ class Runner(Protocol):
 
     def start(self, batch: HostBatch) -> Run: ...
 
+    def forget(self, wish: SampleWish) -> None:
+        """A request with penalties has ended, and no work in flight samples for it."""
+        ...
+
 
 class ModelRunner:
     """A model, its tables, and the kernels of every lane."""
@@ -99,17 +104,23 @@ class ModelRunner:
             num_rows, model.config.context_length, dtype=torch.int32, device=device
         )
         self.relay = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._decode_sampling = _SamplingCache(model.config.vocab_size, device)
+        self.penalties = PenaltyTable(model.config.vocab_size, device)
+        self._decode_sampling = _SamplingCache(self._new_sampling, device)
 
     @property
     def num_layers(self) -> int:
         return self.model.config.num_layers
 
     def start(self, batch: HostBatch) -> Run:
+        for history in batch.histories:
+            self.penalties.take(history.owner)
         graphs = self.graphs
         if graphs is not None and batch.is_decode and graphs.size_for(len(batch.rows)):
             return GraphedStep(self, graphs, batch)
         return ModelRun(self, batch)
+
+    def forget(self, wish: SampleWish) -> None:
+        self.penalties.forget(wish)
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """From now on decode steps that fit replay a graph. Before that, all run eagerly."""
@@ -140,9 +151,12 @@ class ModelRunner:
         if self.takes_likeliest(host):
             tokens = likeliest(logits)
         else:
+            for history in host.histories:
+                self.penalties.begin(history)
             sampling = self._sampling_for(host)
             logits = sampling.adjusted(logits, positions)
             tokens = choose(logits, positions, sampling)
+            sampling.count(tokens)
         self.relay[rows] = tokens
         result.copy_(tokens, non_blocking=True)
         return self.score(host, logits, tokens)
@@ -177,7 +191,22 @@ class ModelRunner:
         """On the lane: decode keeps the last batch's tensors, since they rarely change."""
         if batch.is_decode:
             return self._decode_sampling.get(batch.samples)
-        return _sampling_batch(batch.samples, self.model.config.vocab_size, self.device)
+        return self._new_sampling(batch.samples)
+
+    def _new_sampling(self, samples: tuple[SampleWish, ...]) -> SamplingBatch:
+        params = [wish.sampling for wish in samples]
+        return SamplingBatch.from_params(
+            params,
+            [wish.seed for wish in samples],
+            self.model.config.vocab_size,
+            self.device,
+            withheld=[
+                Withheld(i, wish.withheld_ids, wish.withheld_until)
+                for i, wish in enumerate(samples)
+                if wish.withheld_ids
+            ],
+            penalised=self.penalties.rows_of(samples, params),
+        )
 
 
 class ModelRun:
@@ -331,8 +360,10 @@ class _SamplingCache:
     """What the last decode batch's wishes came down to; used only by decode work, which is in
     order. The same requests have the same wishes, so most steps find it as they need it."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
+    def __init__(
+        self, make: Callable[[tuple[SampleWish, ...]], SamplingBatch], device: torch.device
+    ) -> None:
+        self._make = make
         self._device = device
         self._samples: tuple[SampleWish, ...] = ()
         self._takes_likeliest = True
@@ -346,7 +377,7 @@ class _SamplingCache:
     def get(self, samples: tuple[SampleWish, ...]) -> SamplingBatch:
         self._look_at(samples)
         if self._batch is None:
-            self._batch = _sampling_batch(samples, self._vocab_size, self._device)
+            self._batch = self._make(samples)
         return self._batch
 
     def scores(self, samples: tuple[SampleWish, ...]) -> SampleScores | None:
@@ -368,20 +399,4 @@ def _sample_scores(samples: tuple[SampleWish, ...], device: torch.device) -> Sam
         [wish.logprobs for wish in samples],
         [1.0 if wish.sampling.greedy else wish.sampling.temperature for wish in samples],
         device,
-    )
-
-
-def _sampling_batch(
-    samples: tuple[SampleWish, ...], vocab_size: int, device: torch.device
-) -> SamplingBatch:
-    return SamplingBatch.from_params(
-        [wish.sampling for wish in samples],
-        [wish.seed for wish in samples],
-        vocab_size,
-        device,
-        withheld=[
-            Withheld(i, wish.withheld_ids, wish.withheld_until)
-            for i, wish in enumerate(samples)
-            if wish.withheld_ids
-        ],
     )
