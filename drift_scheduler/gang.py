@@ -83,6 +83,7 @@ class DecodeLoad:
     shape: DecodeShape
     tbt_s: float = math.inf
     joined_due_s: float = math.inf
+    awaits_tokens: bool = False
 
 
 P = TypeVar("P", bound=PrefillJob)
@@ -397,6 +398,7 @@ class Gang(Generic[P, D]):
             decode=load.shape,
             tbt_s=load.tbt_s,
             joined_due_s=load.joined_due_s,
+            awaits_tokens=load.awaits_tokens,
             decode_in_flight=len(self._decode),
             decode_step_s=self._decode_step_s,
             decode_ends_s=self._decode_ends_s(),

@@ -49,7 +49,9 @@ class LoadView:
     settled step without prompt tokens, if any. decode_ends_s: when the launched steps are
     expected to end, None without any. tbt_s: the strictest of the running requests.
     joined_due_s: when the first of those that have joined since the last launch wants its next
-    token; infinity if none has. host_s: what the host may add to the time between two tokens.
+    token; infinity if none has. awaits_tokens: no step can be launched before those in flight have
+    settled, since what it may yield depends on their tokens. host_s: what the host may add to the
+    time between two tokens.
 
     prefill: the batch whose layers are launched now; parked: one that it has pre-empted.
     """
@@ -64,6 +66,7 @@ class LoadView:
     decode_ends_s: float | None = None
     tbt_s: float = math.inf
     joined_due_s: float = math.inf
+    awaits_tokens: bool = False
     parked: PrefillView | None = None
     host_s: float = START_S
     backlog: Backlog = field(default_factory=Backlog)
@@ -72,3 +75,7 @@ class LoadView:
     def can_fuse(self) -> bool:
         """Whether a step launched now could carry prompt tokens."""
         return self.waiting > 0 and self.prefill is None
+
+    def takes_step(self, decode_depth: int) -> bool:
+        """Whether a step could be launched now; decode_depth: how many may be in flight."""
+        return self.decode_in_flight < decode_depth and not self.awaits_tokens

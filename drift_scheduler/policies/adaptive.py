@@ -228,10 +228,10 @@ class Adaptive:
 
     def _step_due(self, view: LoadView, now_s: float) -> tuple[bool, float | None]:
         """Whether to launch a decode step now, and if not, when."""
-        if view.decode_in_flight == 0 or view.decode_ends_s is None:
-            return view.decode_in_flight < self.decode_depth, None
-        if view.decode_in_flight >= self.decode_depth:
+        if not view.takes_step(self.decode_depth):
             return False, None
+        if view.decode_in_flight == 0 or view.decode_ends_s is None:
+            return True, None
         launch_s = view.decode_ends_s - LAUNCH_AHEAD_S
         return now_s >= launch_s, launch_s
 

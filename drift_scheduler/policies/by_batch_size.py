@@ -43,7 +43,7 @@ class SplitByBatchSize:
             layers = self._slice(view) if both else prefill.layers_left
         return Plan(
             self._split_for(view.running) if both else self.table.whole,
-            decode=view.running > 0 and view.decode_in_flight < self.decode_depth,
+            decode=view.running > 0 and view.takes_step(self.decode_depth),
             prefill_layers=layers,
         )
 

@@ -33,5 +33,5 @@ class Chunked:
         if view.prefill is not None:  # begun under another policy, and to be ended first
             return Plan(self.table.whole, prefill_layers=view.prefill.layers_left)
         room = max(self.step_tokens - view.running, 0) if view.can_fuse else 0
-        decode = (view.running > 0 or room > 0) and view.decode_in_flight < self.decode_depth
+        decode = (view.running > 0 or room > 0) and view.takes_step(self.decode_depth)
         return Plan(self.table.whole, decode=decode, fused_tokens=room if decode else 0)

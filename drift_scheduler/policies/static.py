@@ -23,7 +23,7 @@ class StaticSplit:
 
     def dispatch(self, view: LoadView, now_s: float) -> Plan:
         prefill = view.prefill
-        decode = view.running > 0 and view.decode_in_flight < self.decode_depth
+        decode = view.running > 0 and view.takes_step(self.decode_depth)
         if prefill is None or not view.running:
             layers = prefill.layers_left if prefill else 0
             return Plan(self.table.whole, decode=decode, prefill_layers=layers)

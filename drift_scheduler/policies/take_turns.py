@@ -22,5 +22,5 @@ class TakeTurns:
     def dispatch(self, view: LoadView, now_s: float) -> Plan:
         if view.prefill is not None:
             return Plan(self.table.whole, prefill_layers=view.prefill.layers_left)
-        decode = view.running > 0 and view.decode_in_flight < self.decode_depth
+        decode = view.running > 0 and view.takes_step(self.decode_depth)
         return Plan(self.table.whole, decode=decode)

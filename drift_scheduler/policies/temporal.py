@@ -27,7 +27,7 @@ class Temporal:
         whole = self.table.whole
         prefill = view.prefill
         if prefill is None:
-            decode = view.running > 0 and view.decode_in_flight < 2
+            decode = view.running > 0 and view.takes_step(2)
             return Plan(whole, decode=decode)
         if not view.running:
             return Plan(whole, prefill_layers=prefill.layers_left)

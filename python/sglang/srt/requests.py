@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drift_scheduler.attainment import Pace
+from sglang.srt.constrained.constraint import Constraint
 from sglang.srt.managers.request_logprobs import RequestLogprobs
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.messages import FinishReason, GenerateRequest, StreamOptions
@@ -52,6 +53,9 @@ class Request:
         self.due_s = math.inf
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.grammar = self.sampling.grammar
+        # Of the compiled grammar; it also says where the answer may end.
+        self.constraint: Constraint | None = None
         eos = () if self.sampling.ignore_eos else eos_token_ids
         self.stop_ids = tuple({*eos, *self.sampling.stop_token_ids})
 
@@ -60,7 +64,7 @@ class Request:
         self.wish = SampleWish(
             self.sampling,
             seed,
-            withheld_ids=self.stop_ids if minimum else (),
+            withheld_ids=self.stop_ids if minimum and self.grammar is None else (),
             withheld_until=len(self.prompt) + minimum,
             logprobs=message.logprobs,
         )
@@ -112,8 +116,19 @@ class Request:
     def wants_step(self) -> bool:
         return self.finish is None and self.launched_output < self.max_new_tokens
 
+    def constrain(self, constraint: Constraint) -> None:
+        """Its grammar is compiled: from now on the answer follows it."""
+        self.constraint = constraint
+        self.stop_ids = tuple({*self.stop_ids, *constraint.end_ids})
+
     def append(self, token: int) -> None:
-        """Takes one generated token and decides whether it is the last."""
+        """Takes one generated token and decides whether it is the last; one that may not come
+        next ends the request and is no part of it."""
+        problem = self.constraint.take(token) if self.constraint is not None else None
+        if problem is not None:
+            message = f"the answer cannot go on: {problem}"
+            self.finish = FinishReason(type="abort", message=message, status_code=400)
+            return
         self.output.append(token)
         if token in self.stop_ids:
             self.finish = FinishReason(type="stop", matched=token)

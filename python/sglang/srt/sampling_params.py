@@ -6,17 +6,20 @@ object into a checked value; everything behind it may rely on the ranges stated 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from sglang.srt.constrained.grammar import GRAMMAR_KINDS, Grammar
 from sglang.srt.errors import RequestError
 
 GREEDY_TEMPERATURE = 1e-6  # below this a temperature means "take the likeliest token"
 MAX_STOP_STRINGS = 32
 MAX_ANSWERS = 128
+MAX_GRAMMAR_BYTES = 1 << 20  # larger ones are a mistake, and would travel with every answer
 MAX_COUNT = 2**31 - 1  # no sequence, vocabulary or batch is larger
 
 _NUMBERS = (
@@ -27,15 +30,12 @@ _NUMBERS = (
     "presence_penalty",
     "repetition_penalty",
 )
+_JSON_KINDS = ("json_schema", "structural_tag")
 
 # Fields of SGLang that this server does not serve yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop_regex": (None, "", []),
     "beam_width": (None,),
-    "json_schema": (None, ""),
-    "regex": (None, ""),
-    "ebnf": (None, ""),
-    "structural_tag": (None, ""),
     "stream_interval": (None,),
     "custom_params": (None,),
     "watermark": (None,),
@@ -56,6 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: token id -> what is added to its logit.
     sampling_seed: the same seed, prompt and parameters give the same tokens in any batch.
     n: number of answers; the tokenizer manager turns one request into n.
+    json_schema, regex, ebnf, structural_tag: what the answer is to follow, at most one of them.
     """
 
     max_new_tokens: int | None = 128
@@ -76,6 +77,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     sampling_seed: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        for kind in GRAMMAR_KINDS:
+            text = getattr(self, kind)
+            if text is not None:
+                return Grammar(kind, text)
+        return None
 
     @property
     def greedy(self) -> bool:
@@ -111,6 +124,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                     raise _bad(name, "is not supported by this server yet")
             else:
                 raise _bad(name, "is not a sampling parameter")
+        for kind in GRAMMAR_KINDS:
+            if kind in given:
+                given[kind] = _grammar_text(kind, given[kind])
         if isinstance(given.get("stop"), str):
             given["stop"] = [given["stop"]] if given["stop"] else []
         for name in _NUMBERS:
@@ -164,6 +180,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise _bad("stop_token_ids", f"{token} is outside the vocabulary [0, {vocab_size})")
         if self.sampling_seed is not None and not -(2**63) <= self.sampling_seed < 2**63:
             raise _bad("sampling_seed", "must fit in 64 bits")
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        kinds = [kind for kind in GRAMMAR_KINDS if getattr(self, kind) is not None]
+        if len(kinds) > 1:
+            raise _bad(kinds[1], f"must not be given beside {kinds[0]}: an answer follows only one")
+        for kind in kinds:
+            text = getattr(self, kind)
+            if not _encodable(text):
+                raise _bad(kind, "must be valid Unicode, without lone surrogates")
+            if "\0" in text:
+                raise _bad(kind, "must not hold a null character")
+            if len(text.encode()) > MAX_GRAMMAR_BYTES:
+                raise _bad(kind, f"must have at most {MAX_GRAMMAR_BYTES} bytes")
+
+
+def _grammar_text(kind: str, value: Any) -> str | None:
+    """What is JSON may be given as an object too; an empty string asks for nothing."""
+    if kind in _JSON_KINDS and isinstance(value, dict):
+        try:
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _bad(kind, f"is not JSON: {error}") from None
+    if not isinstance(value, str):
+        wanted = "a string or an object" if kind in _JSON_KINDS else "a string"
+        raise _bad(kind, f"must be {wanted}, got {type(value).__name__}")
+    return value or None
 
 
 def _encodable(text: str) -> bool:

@@ -295,6 +295,21 @@ class ServerArgs:
         None, "Seed of the server's sampling; drawn at start if not given.", group=_DEVICE
     )
 
+    grammar_backend: Literal["xgrammar", "llguidance", "none"] | None = flag(
+        None,
+        "Library of structured output; xgrammar, loaded with the first request that needs it, if "
+        "not given, otherwise loaded at start; none refuses such requests.",
+        group=_API,
+    )
+    constrained_json_whitespace_pattern: str | None = flag(
+        None,
+        "Regex of what may stand between the parts of constrained JSON; llguidance only.",
+        group=_API,
+    )
+    constrained_json_disable_any_whitespace: bool = flag(
+        False, "Constrained JSON is compact instead of freely laid out.", group=_API
+    )
+
     watchdog_timeout: float = flag(
         300.0, "Seconds without progress after which the server gives up.", group=_OPERATION
     )
@@ -437,6 +452,7 @@ class ServerArgs:
             "has no effect without --drift-profile",
         )
         self._check_policy()
+        self._check_grammars()
         _require(
             self.device != "cpu" or self.attention_backend in ("auto", "torch_native"),
             "attention_backend",
@@ -446,6 +462,30 @@ class ServerArgs:
             not (self.skip_tokenizer_init and self.chat_template is not None),
             "chat_template",
             "has no effect with --skip-tokenizer-init",
+        )
+
+    def _check_grammars(self) -> None:
+        backend = self.grammar_backend
+        _require(
+            self.constrained_json_whitespace_pattern is None or backend == "llguidance",
+            "constrained_json_whitespace_pattern",
+            "needs --grammar-backend llguidance",
+        )
+        _require(
+            self.constrained_json_whitespace_pattern is None
+            or not self.constrained_json_disable_any_whitespace,
+            "constrained_json_whitespace_pattern",
+            "contradicts --constrained-json-disable-any-whitespace: leave one of them out",
+        )
+        _require(
+            backend != "none" or not self.constrained_json_disable_any_whitespace,
+            "constrained_json_disable_any_whitespace",
+            "has no effect with --grammar-backend none",
+        )
+        _require(
+            backend in (None, "none") or not self.skip_tokenizer_init,
+            "grammar_backend",
+            "needs a tokenizer: leave out --skip-tokenizer-init",
         )
 
     def _check_policy(self) -> None:

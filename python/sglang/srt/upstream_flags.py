@@ -11,7 +11,7 @@ abort-on-priority-when-disabled admin-api-key asr-max-buffer-seconds asr-max-con
 attention-context-parallel-size attn-cp-size batch-notify-size bf16-gemm-backend
 bucket-e2e-request-latency bucket-inter-token-latency bucket-time-to-first-token
 checkpoint-engine-wait-weights-before-ready collect-tokens-histogram completion-template
-constrained-json-disable-any-whitespace constrained-json-whitespace-pattern cp-strategy
+cp-strategy
 cpu-offload-gb crash-dump-folder cuda-graph-backend-decode cuda-graph-backend-prefill
 cuda-graph-bs cuda-graph-bs-decode cuda-graph-bs-prefill cuda-graph-config
 cuda-graph-max-bs-prefill cuda-graph-tc-compiler custom-weight-loader
@@ -69,7 +69,7 @@ fastapi-root-path file-storage-path flashinfer-allreduce-fusion-backend
 flashinfer-mla-disable-ragged flashinfer-mxfp4-moe-precision flexkv-config-file forward-hooks
 forward-pass-metrics-ipc-name forward-pass-metrics-worker-id fp4-gemm-backend fp8-gemm-backend
 fuseep-mode gc-threshold gc-warning-threshold-secs generation-tokens-buckets gpu-id-step
-grammar-backend grpc-http-sidecar-port grpc-mode grpc-port hf-chat-template-name
+grpc-http-sidecar-port grpc-mode grpc-port hf-chat-template-name
 hicache-io-backend hicache-mem-layout hicache-ratio hicache-size hicache-storage-backend
 hicache-storage-backend-extra-config hicache-storage-prefetch-policy hicache-write-policy
 hierarchical-sparse-attention-extra-config hisparse-config init-expert-location

@@ -12,7 +12,7 @@ from sglang.srt.layers.penalties import History
 from sglang.srt.managers.jobs import Fill
 from sglang.srt.mem_cache.sequence_cache import CachedSequence
 from sglang.srt.mem_cache.slot_allocator import SlotIds
-from sglang.srt.model_executor.host_batch import HostBatch, Ints, PromptPart
+from sglang.srt.model_executor.host_batch import HostBatch, Ints, PromptPart, TokenMask
 from sglang.srt.requests import Request
 
 _Parts = list[npt.NDArray[Any]]
@@ -86,6 +86,7 @@ class BatchBuilder:
                     if fill.samples and fill.request.sampling.penalises
                 ]
             ),
+            mask=_mask([requests[i] for i in sampled]),
         )
 
 
@@ -116,6 +117,18 @@ def sequence_of(request: Request) -> CachedSequence:
 def row_of(request: Request) -> int:
     assert request.row is not None, f"{request.rid} holds no row"
     return request.row
+
+
+def _mask(sampled: Sequence[Request]) -> TokenMask | None:
+    rows = [i for i, request in enumerate(sampled) if request.constraint is not None]
+    if not rows:
+        return None
+    words = []
+    for i in rows:
+        constraint = sampled[i].constraint
+        assert constraint is not None
+        words.append(constraint.allowed(len(sampled[i].output)))
+    return TokenMask(_ints(rows), np.stack(words))
 
 
 def _ints(values: Sequence[int | None]) -> Ints:

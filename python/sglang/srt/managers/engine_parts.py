@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from drift_scheduler.gang import Gang
 from drift_scheduler.timeline import LaneRun, Timeline
+from sglang.srt.constrained.factory import make_grammars
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
@@ -49,6 +50,7 @@ def build_engine(
     Raises ConfigError naming the flag.
     """
     executor = bring_up(server_args)
+    config = executor.config
     page_size = server_args.page_size
     allocator = SlotAllocator(executor.num_slots, page_size)
     radix = RadixCache(page_size, allocator.free, enabled=not server_args.disable_radix_cache)
@@ -59,7 +61,7 @@ def build_engine(
         cache,
         RowPool(executor.num_rows),
         EngineLimits(
-            context_length=executor.config.context_length,
+            context_length=config.context_length,
             prefill_tokens=executor.prefill_tokens,
             chunked=server_args.chunked_prefill_size != -1,
             prefill_max_requests=server_args.prefill_max_requests,
@@ -67,9 +69,10 @@ def build_engine(
             conservativeness=server_args.schedule_conservativeness,
             schedule_policy=server_args.schedule_policy,
         ),
-        eos_token_ids=executor.config.eos_token_ids,
+        eos_token_ids=config.eos_token_ids,
         outbox=outbox,
         random_seed=_random_seed(server_args),
+        grammars=make_grammars(server_args, config.vocab_size, config.eos_token_ids),
         on_prefill=on_prefill,
         on_decode=on_decode,
         on_finish=on_finish,

@@ -25,6 +25,8 @@ class RunningRequests:
         self._tbt_s: float | None = math.inf  # None: to be looked up
         # Those that have joined since the last launch.
         self._joined: list[Request] = []
+        # Those whose next token depends on the one before it.
+        self._constrained: list[Request] = []
 
     def __len__(self) -> int:
         return len(self.members)
@@ -32,12 +34,19 @@ class RunningRequests:
     def __contains__(self, request: Request) -> bool:
         return request in self.members
 
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether the next step cannot be launched yet: the host does not know a token on which
+        the one behind it depends."""
+        return any(r.launched_output > len(r.output) for r in self._constrained)
+
     def join(self, requests: Iterable[Request]) -> None:
         joined = list(requests)
         if not joined:
             return
         self.members = [*self.members, *joined]
         self._joined += joined
+        self._constrained += [r for r in joined if r.constraint is not None]
         for request in joined:
             self._context += sequence_of(request).length + 1
             if self._tbt_s is not None:
@@ -48,6 +57,8 @@ class RunningRequests:
         self.members = [other for other in self.members if other is not request]
         if request in self._joined:
             self._joined.remove(request)
+        if request in self._constrained:
+            self._constrained.remove(request)
         self._forget(request)
 
     def launched(self) -> DecodeShape:
@@ -60,6 +71,7 @@ class RunningRequests:
         leaving = [r for r in members if r.launched_output >= r.max_new_tokens]
         if leaving:
             self.members = [request for request in members if request.wants_step]
+            self._constrained = [request for request in self._constrained if request.wants_step]
             for request in leaving:
                 self._forget(request)
         return shape
@@ -71,10 +83,13 @@ class RunningRequests:
         for request in self._joined:
             if request.jobs_in_flight == 0 and request.pace.tokens == len(request.output):
                 due_s = min(due_s, request.next_token_due_s)
-        return DecodeLoad(DecodeShape(len(self.members), self._context), self._tbt_s, due_s)
+        shape = DecodeShape(len(self.members), self._context)
+        return DecodeLoad(shape, self._tbt_s, due_s, self.awaits_tokens)
 
     def check(self) -> None:
-        """Asserts that the sum is that of the members."""
+        """Asserts that what is kept of the members is true of them."""
+        constrained = [request for request in self.members if request.constraint is not None]
+        assert self._constrained == constrained, f"{len(constrained)} members are constrained"
         context = sum(sequence_of(request).length + 1 for request in self.members)
         assert self._context == context, f"context {self._context} kept, {context} counted"
 

@@ -2,7 +2,7 @@
 
 The loop, on one thread that owns all state and never blocks on a lane:
 
-    receive   messages from the tokenizer manager and the detokenizer
+    receive   messages from the tokenizer manager and the detokenizer, and compiled grammars
     turn      settle what has finished, send new tokens to the detokenizer, plan, launch
               (drift_scheduler.gang)
     send      first tokens that the launch has set free
@@ -122,7 +122,7 @@ class Scheduler:
             if not self._running:
                 return
             progressed = self._gang.turn()
-            if progressed or self._engine.idle:
+            if progressed or self._engine.idle or self._engine.only_compiles:
                 self._watchdog.beat()
             self._send()
             self._control()
@@ -143,6 +143,7 @@ class Scheduler:
     def _receive(self) -> None:
         for message in self._inbox.drain():
             self._handle(message)
+        self._engine.take_compiled()
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -214,7 +215,7 @@ class Scheduler:
     def _rest(self) -> None:
         if self._gang.idle:
             self._collector.idle()
-            self._inbox.wait(self._wait_ms())
+            self._inbox.wait(self._wait_ms(), self._engine.grammars.bell)
             return
         self._collector.busy()
         fd = self._lanes.completion_fd()
@@ -244,6 +245,7 @@ class Scheduler:
             "cached_tokens": self._cache.radix.evictable + self._cache.radix.protected,
             "retractions": self._engine.retractions,
             "slo": self._attainment.snapshot(self._clock()),
+            "grammars": self._engine.grammars.state(),
             "engine_thread": thread_times(),
             "driver_allocations": driver_allocations(),
             "pd_multiplex": {

@@ -2,6 +2,7 @@
 
 It owns all shared state of the scheduler process, on one thread. Who holds what:
 
+    compiling  nothing, until its grammar is compiled (constrained/grammar_queue.py)
     waiting    a queue entry, nothing on the device
     filling    row and sequence; its prompt is being computed, at once or chunk by chunk
     running    row and sequence, one more slot a step, until its last step is launched
@@ -11,6 +12,9 @@ A prompt is filled by a prefill batch, which joins decode when the host has seen
 fused steps: there the next step is launched before the host has seen the last one, so a request
 is running as soon as the step that completes its prompt is launched. Two prefill batches can be
 in flight at once, one of them parked until the other is done; they finish in any order.
+
+What a grammar allows next depends on the tokens before. So a decode step with a request that has
+one is launched when its last token is known, and not, as others are, while that is computed.
 
 A sequence's slots are its own or the prefix tree's; SequenceCache keeps the account.
 """
@@ -26,6 +30,9 @@ from drift_scheduler.backlog import Backlog
 from drift_scheduler.dispatcher import Admission
 from drift_scheduler.first_tokens import FirstTokens, may_hold
 from drift_scheduler.gang import DecodeLoad
+from sglang.srt.constrained.grammar import GrammarError
+from sglang.srt.constrained.grammar_queue import GrammarQueue
+from sglang.srt.errors import Overloaded
 from sglang.srt.managers.admission import Ask, EngineLimits, PromptAdmission
 from sglang.srt.managers.batch_builder import BatchBuilder, sequence_of
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
@@ -57,6 +64,7 @@ class ServingEngine:
         eos_token_ids: frozenset[int],
         outbox: Outbox,
         random_seed: int,
+        grammars: GrammarQueue | None = None,
         on_prefill: Callable[[Sequence[Fill]], None] = lambda fills: None,
         on_decode: Callable[[Sequence[Request]], None] = lambda members: None,
         on_finish: Callable[[Request], None] = lambda request: None,
@@ -75,6 +83,9 @@ class ServingEngine:
         self._clock = clock
 
         self._batches = BatchBuilder(limits.context_length)
+        self.grammars = (
+            GrammarQueue(None, "this engine takes no grammars") if grammars is None else grammars
+        )
         self._admission = PromptAdmission(cache, rows, limits)
         self._prefilling: list[PrefillBatch] = []
         self._first_tokens: FirstTokens[Request] = FirstTokens()
@@ -107,8 +118,8 @@ class ServingEngine:
 
     @property
     def queued(self) -> int:
-        """Requests that wait, whether or not they could start now."""
-        return self._admission.queued
+        """Requests that wait, whether or not they could start now, or for their grammar."""
+        return self._admission.queued + len(self.grammars)
 
     @property
     def num_running(self) -> int:
@@ -119,6 +130,11 @@ class ServingEngine:
     def idle(self) -> bool:
         """No request is anywhere in the engine."""
         return not self._by_rid and not self._leaving
+
+    @property
+    def only_compiles(self) -> bool:
+        """All requests wait for their grammars."""
+        return len(self._by_rid) == len(self.grammars) and not self._leaving
 
     def decode_load(self) -> DecodeLoad:
         return self._running.load()
@@ -154,8 +170,17 @@ class ServingEngine:
         elif max_queued is not None and self.queued >= max_queued:
             self._refuse(request, 503, f"the queue is full (--max-queued-requests {max_queued})")
         else:
-            self._by_rid[request.rid] = request
-            self._admission.add(request, self._filling())
+            self._accept(request)
+
+    def take_compiled(self) -> None:
+        """Requests whose grammar has been compiled wait for their prefill from now on."""
+        for request, outcome in self.grammars.take():
+            if isinstance(outcome, GrammarError):
+                del self._by_rid[request.rid]
+                self._refuse(request, 400, str(outcome))
+            else:
+                request.constrain(outcome)
+                self._admission.add(request, self._filling())
 
     def shed(self, keys: Sequence[str]) -> None:
         """Refuses prompts that wait; whoever has had a token is served to the end."""
@@ -193,6 +218,10 @@ class ServingEngine:
         holders = [request for request in self._by_rid.values() if request.sequence is not None]
         between = [r.rid for r in holders if r.jobs_in_flight == 0 and r not in self._running]
         assert len(between) <= 1, f"{between} are half filled"
+        waiting = self._admission.queued + len(self.grammars)
+        assert len(self._by_rid) == len(holders) + waiting, (
+            f"{len(self._by_rid)} requests, {len(holders)} hold slots and {waiting} wait"
+        )
         holders += self._leaving
         self._cache.check()
         assert self._cache.num_open == len(holders), (
@@ -240,6 +269,8 @@ class ServingEngine:
         fused_order: Sequence[str] | None = None,
     ) -> DecodeBatch | None:
         assert not (fused_tokens and self._prefilling), "a fused step beside a prefill batch"
+        if self._running.awaits_tokens:
+            return None
         new_slots = self._extend_running(steps_in_flight)
         if new_slots is None:
             return None
@@ -281,6 +312,19 @@ class ServingEngine:
             self._settle_fills(job.fills, tokens)
             self._admission.prompts_completed()
             self._admission.filling_changed(self._filling())
+
+    def _accept(self, request: Request) -> None:
+        if request.grammar is None:
+            self._by_rid[request.rid] = request
+            self._admission.add(request, self._filling())
+            return
+        try:
+            self.grammars.add(request)
+        except Overloaded as error:
+            self._refuse(request, error.status_code, str(error))
+            return
+        self._by_rid[request.rid] = request
+        self.take_compiled()
 
     def _refuse(self, request: Request, status_code: int, message: str) -> None:
         request.finish = FinishReason(type="abort", message=message, status_code=status_code)
@@ -394,7 +438,8 @@ class ServingEngine:
     def _leave(self, request: Request) -> None:
         """A finished request gives up its place at once, its memory when no job can touch it."""
         del self._by_rid[request.rid]
-        self._admission.forget(request)
+        if not self.grammars.forget(request):
+            self._admission.forget(request)
         self._admission.filling_changed(self._filling())
         self._on_finish(request)
         if request.sequence is None:

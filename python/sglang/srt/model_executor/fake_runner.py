@@ -21,7 +21,7 @@ import numpy.typing as npt
 from drift_scheduler.lane import Lane, Work
 from drift_scheduler.lane_virtual import TimedWork
 from sglang.srt.logprobs import NO_SCORES, BatchScores, LogprobWish, TokenScores
-from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish, TokenMask
 
 # Seconds that so many layers of a batch take on a lane.
 Cost = Callable[[HostBatch, int, Lane], float]
@@ -221,12 +221,15 @@ class FakeRun:
     def _sample(self) -> None:
         runner, batch = self._runner, self._batch
         hashes = runner.slot_hashes[batch.token_slots]
+        allowed = _allowed_tokens(batch.mask)
         samples: dict[int, TokenScores] = {}
         for i, (wish, token_index, position) in enumerate(
             zip(batch.samples, batch.sample_tokens, batch.sample_positions, strict=True)
         ):
             hash_of_prefix = int(hashes[token_index])
             token = runner.choose(hash_of_prefix, wish, int(position))
+            if i in allowed:  # the next allowed one, as if the others were withheld
+                token = min(allowed[i], key=lambda t, chosen=token: (t < chosen, t))  # type: ignore[misc]
             self._tokens.append(token)
             if wish.logprobs is not None:
                 samples[i] = scores_by_hash([hash_of_prefix], [token], wish.logprobs)
@@ -236,6 +239,15 @@ class FakeRun:
             prompts.append(scores_by_hash(before, next_ids.tolist(), asked))
         self._scores = BatchScores(samples, prompts)
         runner.relay[batch.sample_rows] = self._tokens
+
+
+def _allowed_tokens(mask: TokenMask | None) -> dict[int, list[int]]:
+    """By sample, for those that the mask names."""
+    if mask is None:
+        return {}
+    bits = np.unpackbits(mask.words.view(np.uint8), axis=1, bitorder="little")
+    tokens = [np.flatnonzero(row).tolist() for row in bits]
+    return dict(zip(mask.rows.tolist(), tokens, strict=True))
 
 
 def _distinct(values: npt.NDArray[np.int64]) -> bool:

@@ -20,6 +20,15 @@ from sglang.srt.sampling_params import SamplingParams
 Ints = npt.NDArray[np.int64]
 
 
+class TokenMask(NamedTuple):
+    """The tokens that samples `rows` [constrained] i64 of a batch may get, see srt/constrained;
+    words [constrained, words] i32, a bit for each token; samples that are not named may get any.
+    """
+
+    rows: Ints
+    words: npt.NDArray[np.int32]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleWish:
     """How a request's tokens are chosen. A request has one object for life, so that the same
@@ -66,6 +75,7 @@ class HostBatch:
     token index whose logits choose it; sample_rows [samples] where it goes in the relay table.
     scored: parts of prompts, beside the samples, that log-probabilities are wanted of.
     histories: of the samples with penalties that do not decode; their owners are their wishes.
+    mask: None if no sample is constrained.
     """
 
     decode_reqs: int
@@ -82,6 +92,7 @@ class HostBatch:
     sample_rows: Ints
     scored: tuple[PromptPart, ...] = ()
     histories: tuple[History, ...] = ()
+    mask: TokenMask | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -165,6 +176,15 @@ def upload_table_update(host: HostBatch, device: torch.device) -> tuple[torch.Te
     """Only table_index and table_slots, both [n] i64."""
     table_index, table_slots = _to_device([host.table_index, host.table_slots], device)
     return table_index, table_slots
+
+
+def upload_mask(mask: TokenMask, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [constrained] i64 and words [constrained, words] i32, asynchronously."""
+    rows, words = torch.from_numpy(mask.rows), torch.from_numpy(mask.words)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+        words = words.pin_memory().to(device, non_blocking=True)
+    return rows, words
 
 
 def _to_device(parts: list[Ints], device: torch.device) -> tuple[torch.Tensor, ...]:

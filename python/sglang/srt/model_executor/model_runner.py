@@ -23,12 +23,14 @@ from sglang.srt.layers.logprobs import PackedScores, SampleScores, prompt_scores
 from sglang.srt.layers.matmul.base import Matmul
 from sglang.srt.layers.penalties import PenaltyTable
 from sglang.srt.layers.sampler import SamplingBatch, Withheld, choose, likeliest
+from sglang.srt.layers.token_mask import forbid
 from sglang.srt.logprobs import NO_SCORES, BatchScores, TokenScores
 from sglang.srt.model_executor.host_batch import (
     DeviceBatch,
     HostBatch,
     SampleWish,
     upload,
+    upload_mask,
     upload_table_update,
 )
 from sglang.srt.models.base import CausalLM, HiddenState, LayerContext
@@ -145,9 +147,12 @@ class ModelRunner:
     ) -> PackedScores | None:
         """Samples; tokens go to the relay table's rows and, asynchronously, to `result`.
 
-        logits [samples, vocab_size]; rows, positions [samples] i64: see SampleTensors. Returns
-        what `sample_scores` wants to know of the tokens.
+        logits [samples, vocab_size], those of tokens that the mask forbids are overwritten; rows,
+        positions [samples] i64: see SampleTensors. Returns what `sample_scores` wants to know of
+        the tokens.
         """
+        if host.mask is not None:
+            forbid(logits, *upload_mask(host.mask, self.device))
         if self.takes_likeliest(host):
             tokens = likeliest(logits)
         else:
@@ -341,7 +346,7 @@ class GraphedStep:
         if len(host.table_index) > len(host.rows):
             runner.update_slot_table(*upload_table_update(host, runner.device))
         step = self._graphs.replay(lane, host)
-        if runner.takes_likeliest(host):
+        if host.mask is None and runner.takes_likeliest(host):
             self._result.copy_(step.tokens, non_blocking=True)
             self._scores = runner.score(host, step.logits, step.tokens)
             return

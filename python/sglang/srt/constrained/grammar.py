@@ -1,0 +1,85 @@
+"""What a grammar library is asked for, and what it gives.
+
+A set of tokens is a row of words [ceil(vocab_size / 32)] i32: bit i of word w is token 32 * w + i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+GrammarKind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
+GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
+Words = npt.NDArray[np.int32]
+
+
+class Grammar(NamedTuple):
+    """A grammar as a client wrote it."""
+
+    kind: GrammarKind
+    text: str
+
+
+class GrammarError(Exception):
+    """The grammar cannot be followed; the text is for the client."""
+
+
+class Matcher(Protocol):
+    """How far one answer has come in its grammar."""
+
+    def fill(self, words: Words) -> None:
+        """Sets exactly the tokens that may come next; the model's ends of sequence are among them
+        if the answer may end here. Raises GrammarError when the library gives up."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Goes on behind an ordinary token; False if it may not come next."""
+        ...
+
+
+class CompiledGrammar(Protocol):
+    """Shared by all answers that follow the grammar."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def matcher(self) -> Matcher: ...
+
+
+class GrammarBackend(Protocol):
+    """A grammar library that knows the model's tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in a row: at least those that the model can choose."""
+        ...
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a sequence; at least one."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are not text; clients mostly do not see them."""
+        ...
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """May take seconds; called from several threads. Raises GrammarError with the reason."""
+        ...
+
+
+def words_for(vocab_size: int) -> int:
+    return -(-vocab_size // 32)
+
+
+def words_of(tokens: Iterable[int], vocab_size: int) -> Words:
+    """The set of these tokens; those outside the vocabulary are left out."""
+    words = np.zeros(words_for(vocab_size), dtype=np.uint32)
+    for token in tokens:
+        if 0 <= token < vocab_size:
+            words[token >> 5] |= np.uint32(1 << (token & 31))
+    return words.view(np.int32)
