@@ -73,7 +73,8 @@ def flat_of(error: Exception) -> dict[str, Any]:
         case RequestError():
             return flat(str(error), "BadRequestError", error.status_code, error.field)
         case Aborted() | Overloaded():
-            return flat(str(error), str(error.status_code), error.status_code)
+            kind = "BadRequestError" if error.status_code == 400 else str(error.status_code)
+            return flat(str(error), kind, error.status_code)
         case EngineFailed():
             return flat(str(error), "InternalServerError", 500)
         case _:
