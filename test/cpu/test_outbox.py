@@ -48,6 +48,18 @@ def test_a_batch_is_columnar_and_in_order_of_the_first_news():
     assert outbox.flush() is None
 
 
+def test_a_request_may_have_a_stream_interval_of_its_own():
+    outbox = Outbox(stream_interval=2)
+    slow, quick = request("slow", stream_interval=3), request("quick", stream_interval=1)
+    sent = []
+    for token in range(1, 8):
+        for item in (slow, quick):
+            take(outbox, item, token)
+        sent.append(outbox.flush().rids)
+    both, alone = ["slow", "quick"], ["quick"]
+    assert sent == [both, alone, alone, both, alone, alone, both]
+
+
 def test_only_new_tokens_are_sent_and_a_stream_is_opened_once():
     outbox = Outbox()
     item = request(stop=["END"], skip_special_tokens=False)

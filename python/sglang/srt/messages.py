@@ -135,6 +135,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool
     spaces_between_special_tokens: bool
     no_stop_trim: bool
+    stop_regex: list[str] = []
 
 
 class TokenBatch(Message, frozen=True, tag=True, kw_only=True):

@@ -143,4 +143,5 @@ class Request:
             skip_special_tokens=self.sampling.skip_special_tokens,
             spaces_between_special_tokens=self.sampling.spaces_between_special_tokens,
             no_stop_trim=self.sampling.no_stop_trim,
+            stop_regex=self.sampling.stop_regex,
         )

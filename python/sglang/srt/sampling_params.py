@@ -15,6 +15,7 @@ import msgspec
 
 from sglang.srt.constrained.grammar import GRAMMAR_KINDS, Grammar
 from sglang.srt.errors import RequestError
+from sglang.srt.stop_regex import UnsupportedPattern, compiled
 
 GREEDY_TEMPERATURE = 1e-6  # below this a temperature means "take the likeliest token"
 MAX_STOP_STRINGS = 32
@@ -34,9 +35,7 @@ _JSON_KINDS = ("json_schema", "structural_tag")
 
 # Fields of SGLang that this server does not serve yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stop_regex": (None, "", []),
     "beam_width": (None,),
-    "stream_interval": (None,),
     "custom_params": (None,),
     "watermark": (None,),
 }
@@ -48,6 +47,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: tokens to generate; 0 only fills the prefix cache; None until the context ends.
     min_new_tokens: stop ids and end-of-sequence cannot be chosen before this many tokens.
     stop: the text ends before the first of these strings (or after it with `no_stop_trim`).
+    stop_regex: the same for regular expressions, see stop_regex.py.
+    stream_interval: tokens between two reports of this request; None as the server has it.
     stop_token_ids: generation ends at one of these ids, beside the model's own.
     temperature: 0 means greedy. top_k: -1 means off. top_p in (0, 1], min_p in [0, 1].
     frequency_penalty, presence_penalty: taken from the logit of a token for each time that it is in
@@ -62,6 +63,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: int | None = 128
     min_new_tokens: int = 0
     stop: list[str] = []
+    stop_regex: list[str] = []
     stop_token_ids: list[int] = []
     temperature: float = 1.0
     top_p: float = 1.0
@@ -77,6 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     sampling_seed: int | None = None
+    stream_interval: int | None = None
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -127,8 +130,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for kind in GRAMMAR_KINDS:
             if kind in given:
                 given[kind] = _grammar_text(kind, given[kind])
-        if isinstance(given.get("stop"), str):
-            given["stop"] = [given["stop"]] if given["stop"] else []
+        for name in ("stop", "stop_regex"):
+            if isinstance(given.get(name), str):
+                given[name] = [given[name]] if given[name] else []
         for name in _NUMBERS:
             if name in given:
                 given[name] = _finite(name, given[name])
@@ -175,6 +179,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise _bad("stop", "must not hold an empty string")
             if not _encodable(text):
                 raise _bad("stop", "must be valid Unicode, without lone surrogates")
+        if len(self.stop_regex) > MAX_STOP_STRINGS:
+            count = len(self.stop_regex)
+            raise _bad("stop_regex", f"takes at most {MAX_STOP_STRINGS} patterns, got {count}")
+        for pattern in self.stop_regex:
+            try:
+                compiled(pattern)
+            except UnsupportedPattern as error:
+                raise _bad("stop_regex", f"{pattern!r} {error}") from None
+        if self.stream_interval is not None and not 1 <= self.stream_interval <= MAX_COUNT:
+            raise _bad("stream_interval", f"must be at least 1, got {self.stream_interval}")
         for token in self.stop_token_ids:
             if not 0 <= token < vocab_size:
                 raise _bad("stop_token_ids", f"{token} is outside the vocabulary [0, {vocab_size})")

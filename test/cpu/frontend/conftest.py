@@ -24,6 +24,7 @@ from sglang.srt.entrypoints.server_state import Phase, ServerState
 from sglang.srt.ipc import IpcNames, Sender, ipc_directory
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager, decode_with
 from sglang.srt.managers.prompts import Limits, PromptEncoder
+from sglang.srt.managers.request_log import RequestLog
 from sglang.srt.managers.scripted_scheduler import ScriptedScheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.messages import FinishReason, GenerateRequest, Shutdown
@@ -107,10 +108,13 @@ def manager_for(engine: Engine) -> Any:
 
     @asynccontextmanager
     async def started(
-        *, auto_truncate: bool = False, context_length: int = CONTEXT_LENGTH
+        *,
+        auto_truncate: bool = False,
+        context_length: int = CONTEXT_LENGTH,
+        log: RequestLog | None = None,
     ) -> AsyncIterator[TokenizerManager]:
         limits = Limits(VOCAB_SIZE, context_length, auto_truncate)
-        manager = TokenizerManager(PromptEncoder(engine.tokenizer, limits), engine.ipc)
+        manager = TokenizerManager(PromptEncoder(engine.tokenizer, limits), engine.ipc, log=log)
         await manager.start()
         try:
             async with asyncio.timeout(LIMIT_S):

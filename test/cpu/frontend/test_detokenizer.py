@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -356,3 +357,43 @@ def test_a_tokenizer_with_a_decoding_of_its_own_keeps_it(tokenizer: Any) -> None
     shouting.__class__ = Shouting
     ids = tokenizer("quiet words", add_special_tokens=False)["input_ids"]
     assert decode_with(shouting)([ids], True, True) == ["QUIET WORDS"]
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    text=st.text("ab \u00fc\U0001f44d\n1", min_size=1, max_size=24),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    trim=st.booleans(),
+)
+def test_a_stop_pattern_cuts_the_text_at_its_first_match(
+    make: Any, tokenizer: Any, text: str, sizes: list[int], trim: bool
+) -> None:
+    """However the ids are divided, and with a stop string beside it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = reference(tokenizer, [], ids)
+    pattern, stop = "b+\\s|1.a", "aa"
+    opened = options(stop=[stop], stop_regex=[pattern], no_stop_trim=not trim)
+    batches, stopped = run(make(), cut(ids, sizes), opened)
+    # The one that ends first, at a tie the one that starts first.
+    ends = [
+        (end, start, what)
+        for end in range(1, len(whole) + 1)
+        for start in range(end)
+        for what, regex in ((pattern, pattern), (stop, stop))
+        if re.fullmatch(regex, whole[start:end])
+    ]
+    finish = batches[-1].finish[-1] if batches[-1].finish else None
+    if not ends:
+        assert text_of(batches) == whole
+        assert stopped == []
+        assert finish == LENGTH
+        return
+    end, start, what = min(ends)
+    assert text_of(batches) == whole[: start if trim else end]
+    reasons = [reason for b in batches for reason in b.finish if reason is not None]
+    assert reasons == [FinishReason(type="stop", matched=what)]

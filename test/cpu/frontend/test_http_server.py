@@ -138,6 +138,34 @@ class TestGenerate:
         logprobs = result["meta_info"]["output_token_logprobs"]
         assert [token for _, token, _ in logprobs] == result["output_ids"]
 
+    def test_a_stop_pattern_ends_the_text_where_it_matches(self, server: Any) -> None:
+        sampling = {"stop_regex": [r"K\w+bi", r"G[a-z]{3}r"]}
+        body = {"text": "Hi", "sampling_params": sampling}
+        result = server.client.post("/generate", json=body).json()
+        assert result["text"] == "Hello there, "
+        assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": r"G[a-z]{3}r"}
+        body["sampling_params"] = {**sampling, "no_stop_trim": True}
+        result = server.client.post("/generate", json=body).json()
+        assert result["text"] == "Hello there, Gener"
+
+    @pytest.mark.parametrize("background", [False, True])
+    def test_a_client_that_leaves_ends_its_request_unless_in_the_background(
+        self, server: Any, background: bool
+    ) -> None:
+        server.engine.says_forever("word after word")
+        body = {
+            "text": "Hi",
+            "sampling_params": {"max_new_tokens": 40},
+            "background": background,
+            "no_logs": True,
+            "stream": True,
+        }
+        with server.client.stream("POST", "/generate", json=body) as response:
+            next(response.iter_lines())
+            assert server.state.manager.in_flight == 1
+        until(lambda: server.state.manager.in_flight == 0)
+        assert bool(server.engine.scheduler.aborted) == (not background)
+
     def test_put_and_ids_and_length(self, server: Any) -> None:
         body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}}
         result = server.client.put("/generate", json=body).json()

@@ -255,6 +255,19 @@ def test_a_silent_engine_is_given_up(engine: Any, manager_for: Any) -> None:
     run(manager_for, body)
 
 
+def test_a_request_may_be_left_out_of_the_log(
+    manager_for: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(manager: TokenizerManager) -> None:
+        for rid, logged in (("kept", True), ("secret", False)):
+            await texts(manager, [prompt(max_new_tokens=1)], rid=rid, logged=logged)
+
+    with caplog.at_level("INFO"):
+        run(manager_for, body, log=RequestLog(0))
+    assert "kept" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_request_log(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokenized = TokenizedPrompt([1, 2], SamplingParams(), "")
     answer = Answer(0, "job", "job", "00000001:job", tokenized, started_s=0.0)

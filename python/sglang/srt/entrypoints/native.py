@@ -66,7 +66,6 @@ NEUTRAL: Neutral = {
     "data_parallel_rank": (None, 0),
     "disagg_prefill_dp_rank": ABSENT,
     "require_reasoning": OFF,
-    "background": OFF,
     "priority": (None,),
     "need_wait_for_mm_inputs": OFF,
     "num_items_assigned": ABSENT,
@@ -86,7 +85,6 @@ INFORMATIONAL = frozenset(
         "external_trace_header",
         "http_worker_ipc",
         "log_metrics",
-        "no_logs",
         "received_time",
         "routing_key",
     }
@@ -113,6 +111,8 @@ class GenerateBody(LogprobFields):
     extra_key: OneOrManyTexts | None = None
     cache_salt: OneOrManyTexts | None = None
     return_prompt_token_ids: bool = False
+    background: bool = False
+    no_logs: bool = False
     slo: Any = None  # ServiceLevels says what it may be
 
 
@@ -123,7 +123,13 @@ async def generate(request: Request) -> Response:
     body = checked(GenerateBody, raw)
     prompts, batched = prompts_of(body, state)
     several = batched or sum(prompt.sampling.n for prompt in prompts) > 1
-    updates = state.manager.generate(prompts, rid=body.rid, stream=body.stream)
+    updates = state.manager.generate(
+        prompts,
+        rid=body.rid,
+        stream=body.stream,
+        background=body.background,
+        logged=not body.no_logs,
+    )
     form = _Form(state, body, several)
 
     if body.stream:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from sglang.srt.logprobs import LogprobNews, LogprobRows
 from sglang.srt.messages import FinishReason, StreamOptions, TextBatch, TokenBatch
+from sglang.srt.stop_regex import StopPattern
 
 # decode(id lists, skip_special_tokens, spaces_between_special_tokens) -> texts
 BatchDecode = Callable[[list[list[int]], bool, bool], list[str]]
@@ -45,11 +46,40 @@ class _Stream:
     shown: int = 0  # characters of the fresh text that are already out
     owed: int = 0  # characters at the context's end that are not out
     held: str = ""  # decoded, but may be the beginning of a stop string
+    patterns: list[StopPattern] = field(default_factory=list)
+    fed: int = 0  # characters that were decoded, held ones included
     stopped: bool = False  # a stop string ended it; the engine's last entry is still to come
 
     @property
     def context(self) -> list[int]:
         return self.ids[: self.mark]
+
+    @property
+    def stops(self) -> bool:
+        """Whether its text may end it."""
+        return bool(self.options.stop or self.patterns)
+
+    def find_stop(self, fresh: str, last: bool) -> tuple[int, int, str] | None:
+        """(end, start, what matched) in `held + fresh` of what is complete first; on a tie, of
+        what starts first."""
+        found: list[tuple[int, int, str]] = []
+        match = first_stop(self.held + fresh, self.options.stop)
+        if match is not None:
+            start, stop = match
+            found.append((start + len(stop), start, stop))
+        before = self.fed - len(self.held)
+        self.fed += len(fresh)
+        hits = [pattern.feed(fresh, last=last) for pattern in self.patterns]
+        found += [
+            (hit.end - before, max(hit.start - before, 0), hit.pattern) for hit in hits if hit
+        ]
+        return min(found, default=None)
+
+    def overlap(self, text: str) -> int:
+        """Characters at the end of `held + fresh` that may be the beginning of a stop."""
+        lengths = [stop_overlap(text, self.options.stop)]
+        lengths += [pattern.pending for pattern in self.patterns]
+        return min(max(lengths), len(text))
 
     def gained(self, context: str, window: str, last: bool) -> str:
         """What to show now, given the text of both; moves the window on if it may."""
@@ -105,7 +135,10 @@ class IncrementalDetokenizer:
         """
         for options in batch.opened:
             self._streams[options.rid] = _Stream(
-                options, list(options.prompt_tail), mark=len(options.prompt_tail)
+                options,
+                list(options.prompt_tail),
+                mark=len(options.prompt_tail),
+                patterns=[StopPattern(pattern) for pattern in options.stop_regex],
             )
         entries = [self._entry(batch, i) for i in range(len(batch.rids))]
         self._run([entry for entry in entries if not entry.stream.stopped])
@@ -146,7 +179,7 @@ class IncrementalDetokenizer:
         if _ends_in_stop_token(finish) and not stream.options.no_stop_trim:
             visible = new_ids[:-1]
         # Token by token where a stop string has to be pinned to the token that completes it.
-        chunks = [[token] for token in visible] if stream.options.stop else [visible]
+        chunks = [[token] for token in visible] if stream.stops else [visible]
         return _Entry(stream, new_ids, finish, batch.completion_tokens[i], chunks)
 
     def _logprobs(self, news: LogprobNews, entry: _Entry) -> LogprobNews:
@@ -176,22 +209,23 @@ class IncrementalDetokenizer:
         for entry, text in zip(
             finishing, self._fresh_texts([e.stream for e in finishing], last=True), strict=True
         ):
-            self._release(entry, text, used=len(entry.chunks))
+            self._release(entry, text, used=len(entry.chunks), last=True)
             if not _stop_found(entry):
                 entry.pieces.append(entry.stream.held)
 
-    def _release(self, entry: _Entry, fresh: str, used: int) -> None:
+    def _release(self, entry: _Entry, fresh: str, used: int, last: bool = False) -> None:
         """Adds what may be shown of `held + fresh`, or ends the entry at a stop string."""
         stream = entry.stream
         text = stream.held + fresh
-        match = first_stop(text, stream.options.stop)
+        match = stream.find_stop(fresh, last)
         if match is None:
-            cut = len(text) - stop_overlap(text, stream.options.stop)
+            cut = len(text) - stream.overlap(text)
             entry.pieces.append(text[:cut])
             stream.held = text[cut:]
             return
-        start, stop = match
-        end = start + len(stop) if stream.options.no_stop_trim else start
+        end, start, stop = match
+        if not stream.options.no_stop_trim:
+            end = start
         entry.pieces.append(text[:end])
         stream.held = ""
         dropped = len(entry.new_ids) - used

@@ -8,8 +8,8 @@ from sglang.srt.requests import Request
 
 
 class Outbox:
-    """Collects requests with news. A request is reported every `stream_interval` new tokens,
-    with its first token, and when it ends."""
+    """Collects requests with news. A request is reported every `stream_interval` new tokens, its
+    own or the server's, with its first token, and when it ends."""
 
     def __init__(self, stream_interval: int = 1) -> None:
         self._stream_interval = stream_interval
@@ -20,7 +20,8 @@ class Outbox:
         """The request has new tokens or has finished."""
         unsent = len(request.output) - request.sent_output
         first = request.sent_output == 0
-        if request.finish or first or unsent >= self._stream_interval:
+        interval = request.sampling.stream_interval or self._stream_interval
+        if request.finish or first or unsent >= interval:
             self._news[request.rid] = request
 
     def flush(self) -> TokenBatch | None:

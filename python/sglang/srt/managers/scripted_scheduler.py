@@ -258,6 +258,7 @@ class ScriptedScheduler:
             skip_special_tokens=sampling.skip_special_tokens,
             spaces_between_special_tokens=sampling.spaces_between_special_tokens,
             no_stop_trim=sampling.no_stop_trim,
+            stop_regex=sampling.stop_regex,
         )
 
 

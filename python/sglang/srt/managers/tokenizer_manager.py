@@ -2,7 +2,8 @@
 
 A call of `generate` becomes one request for each answer; increments come back from the
 detokenizer and are handed to whoever iterates. Leaving the iteration early, for whatever reason,
-aborts what is unfinished: a client that hangs up frees its place at once.
+aborts what is unfinished, unless it is in the background: a client that hangs up frees its place at
+once.
 """
 
 from __future__ import annotations
@@ -103,11 +104,15 @@ class TokenizerManager:
         *,
         rid: str | Sequence[str] | None = None,
         stream: bool = True,
+        background: bool = False,
+        logged: bool = True,
     ) -> AsyncGenerator[Update, None]:
         """Yields news of the answers as they come; with `stream` off, each answer once, finished.
 
-        Answers are numbered prompt by prompt, `sampling.n` for each. Raises RequestError for a
-        bad prompt or rid, Overloaded while shutting down, EngineFailed if the engine dies.
+        Answers are numbered prompt by prompt, `sampling.n` for each. In the background they are
+        completed though nobody iterates any more. Those not `logged` are left out of the log.
+        Raises RequestError for a bad prompt or rid, Overloaded while shutting down, EngineFailed
+        if the engine dies.
         """
         self._check_open()
         started_s = self._clock()
@@ -136,16 +141,17 @@ class TokenizerManager:
         call = Call(answers, stream)
         for answer in answers:
             self._launch(call, answer)
-        if self._log is not None:
-            self._log.received(names, prompts)
+        log = self._log if logged else None
+        if log is not None:
+            log.received(names, prompts)
         try:
             async with aclosing(call.updates()) as updates:
                 async for update in updates:
-                    if self._log is not None and update.answer.finish is not None:
-                        self._log.finished(update.answer)
+                    if log is not None and update.answer.finish is not None:
+                        log.finished(update.answer)
                     yield update
         finally:
-            for answer in answers:
+            for answer in () if background else answers:
                 if self._forget(answer):
                     self._send(AbortRequest(rid=answer.wire_id))
                     if self.metrics is not None:
