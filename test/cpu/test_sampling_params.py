@@ -172,10 +172,6 @@ def test_anything_but_an_object_is_refused(fields: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "neutral", "asking"),
     [
-        ("json_schema", "", "{}"),
-        ("regex", None, "a+"),
-        ("ebnf", "", "root ::= x"),
-        ("structural_tag", None, "{}"),
         ("custom_params", None, {"a": 1}),
         ("beam_width", None, 2),
         ("watermark", None, True),
@@ -188,6 +184,42 @@ def test_what_is_not_served_may_be_named_but_not_asked_for(
     error = _refused(**{name: asking})
     assert error.field == name
     assert "not supported" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"regex": "a+"}, ("regex", "a+")),
+        ({"ebnf": 'root ::= "a"', "regex": ""}, ("ebnf", 'root ::= "a"')),
+        ({"json_schema": '{"type": "object"}'}, ("json_schema", '{"type": "object"}')),
+        ({"json_schema": {"type": "object"}}, ("json_schema", '{"type":"object"}')),
+        ({"structural_tag": {"é": [1]}, "regex": None}, ("structural_tag", '{"é":[1]}')),
+        ({"json_schema": "", "regex": "", "ebnf": "", "structural_tag": ""}, None),
+        ({}, None),
+    ],
+)
+def test_an_answer_may_follow_one_grammar(
+    fields: dict[str, Any], grammar: tuple[str, str] | None
+) -> None:
+    assert _parse(**fields).grammar == grammar
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "problem"),
+    [
+        ({"regex": "a", "ebnf": "b"}, "ebnf", "beside regex"),
+        ({"regex": {}}, "regex", "must be a string, got dict"),
+        ({"json_schema": []}, "json_schema", "a string or an object, got list"),
+        ({"json_schema": {"a": math.nan}}, "json_schema", "is not JSON"),
+        ({"regex": "\ud800"}, "regex", "Unicode"),
+        ({"regex": "a\0"}, "regex", "null character"),
+        ({"regex": "é" * 600_000}, "regex", "at most 1048576 bytes"),
+    ],
+)
+def test_what_is_no_grammar_is_refused(fields: dict[str, Any], name: str, problem: str) -> None:
+    error = _refused(**fields)
+    assert error.field == name
+    assert problem in str(error)
 
 
 @pytest.mark.parametrize(

@@ -497,3 +497,44 @@ def test_pdmux_file_errors_name_file_and_key(yaml_file, content, flag_value, mes
 def test_a_bad_pdmux_file_is_found_when_the_flags_are_read(yaml_file):
     with pytest.raises(ConfigError, match="decode_bs_divisor"):
         parse("--enable-pdmux", "--pdmux-config-path", yaml_file("decode_bs_divisor: 0"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["--constrained-json-whitespace-pattern", " ?"], "--constrained-json-whitespace-pattern"),
+        (
+            [
+                "--constrained-json-whitespace-pattern",
+                " ?",
+                "--grammar-backend",
+                "llguidance",
+                "--constrained-json-disable-any-whitespace",
+            ],
+            "--constrained-json-whitespace-pattern",
+        ),
+        (
+            ["--constrained-json-disable-any-whitespace", "--grammar-backend", "none"],
+            "--constrained-json-disable-any-whitespace",
+        ),
+        (["--grammar-backend", "xgrammar", "--skip-tokenizer-init"], "--grammar-backend"),
+    ],
+)
+def test_grammar_flags_that_would_be_ignored_are_refused(argv: list[str], flag: str) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        ServerArgs.from_cli(["--model-path", "m", *argv])
+
+
+def test_grammar_flags_that_agree_are_taken() -> None:
+    args = ServerArgs.from_cli(
+        [
+            "--model-path",
+            "m",
+            "--grammar-backend",
+            "llguidance",
+            "--constrained-json-whitespace-pattern",
+            "[ ]?",
+        ]
+    )
+    assert args.grammar_backend == "llguidance"
+    assert args.constrained_json_whitespace_pattern == "[ ]?"

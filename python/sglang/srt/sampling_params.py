@@ -214,7 +214,7 @@ def _grammar_text(kind: str, value: Any) -> str | None:
     """What is JSON may be given as an object too; an empty string asks for nothing."""
     if kind in _JSON_KINDS and isinstance(value, dict):
         try:
-            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except (TypeError, ValueError, RecursionError) as error:
             raise _bad(kind, f"is not JSON: {error}") from None
     if not isinstance(value, str):

@@ -228,8 +228,8 @@ class FakeRun:
         ):
             hash_of_prefix = int(hashes[token_index])
             token = runner.choose(hash_of_prefix, wish, int(position))
-            if i in allowed:  # the next allowed one, as if the others were withheld
-                token = min(allowed[i], key=lambda t, chosen=token: (t < chosen, t))  # type: ignore[misc]
+            if i in allowed:
+                token = allowed[i][token % len(allowed[i])]
             self._tokens.append(token)
             if wish.logprobs is not None:
                 samples[i] = scores_by_hash([hash_of_prefix], [token], wish.logprobs)
