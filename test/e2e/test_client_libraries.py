@@ -143,20 +143,6 @@ def test_a_schema_that_cannot_be_followed_is_a_bad_request(
         openai_client.chat.completions.create(model=model, messages=ASK, response_format=wrong)
 
 
-def test_without_a_choice_the_model_answers_in_words(
-    openai_client: openai.OpenAI, model: str
-) -> None:
-    [choice] = openai_client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": "The capital of France?"}],
-        tools=[WEATHER],
-        temperature=0,
-        max_completion_tokens=12,
-    ).choices
-    assert "Paris" in (choice.message.content or "")
-    assert not choice.message.tool_calls
-
-
 def test_log_probabilities_agree_between_the_two_forms(
     openai_client: openai.OpenAI, model: str
 ) -> None:
