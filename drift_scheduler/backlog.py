@@ -1,4 +1,4 @@
-"""Backlog: the prompts that wait, by when their first token is due and by arrival."""
+"""Backlog: the prompts that wait, by when their first token is due, and by rank and arrival."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ class Prompt:
     new: tokens to compute. cached: those before them that are computed already or were found in
     the prefix cache. due_s: when its first token is due. deferred: most of `new` is also being
     computed for another prompt, and will soon be cached. begun: half filled; it holds memory.
+    rank: lower ones go first.
     """
 
     key: str
@@ -22,6 +23,7 @@ class Prompt:
     due_s: float
     deferred: bool = False
     begun: bool = False
+    rank: int = 0
 
 
 class Backlog:
@@ -31,7 +33,7 @@ class Backlog:
         self._prompts: dict[str, Prompt] = {}
         # Keys are distinct, so prompts themselves are never compared.
         self._by_due: list[tuple[float, float, str, Prompt]] = []
-        self._by_arrival: list[tuple[float, str, Prompt]] = []
+        self._by_rank: list[tuple[int, float, str, Prompt]] = []
         self.new_tokens = 0  # of all of them
         self._begun: str | None = None
 
@@ -50,7 +52,7 @@ class Backlog:
             self.remove(prompt.key)
         self._prompts[prompt.key] = prompt
         insort(self._by_due, (prompt.due_s, prompt.arrival_s, prompt.key, prompt))
-        insort(self._by_arrival, (prompt.arrival_s, prompt.key, prompt))
+        insort(self._by_rank, (prompt.rank, prompt.arrival_s, prompt.key, prompt))
         self.new_tokens += prompt.new
         if prompt.begun:
             self._begun = prompt.key
@@ -58,7 +60,7 @@ class Backlog:
     def remove(self, key: str) -> None:
         prompt = self._prompts.pop(key)
         del self._by_due[bisect_left(self._by_due, (prompt.due_s, prompt.arrival_s, key))]
-        del self._by_arrival[bisect_left(self._by_arrival, (prompt.arrival_s, key))]
+        del self._by_rank[bisect_left(self._by_rank, (prompt.rank, prompt.arrival_s, key))]
         self.new_tokens -= prompt.new
         if key == self._begun:
             self._begun = None
@@ -74,5 +76,5 @@ class Backlog:
         return [entry[-1] for entry in self._by_due[start : start + limit]]
 
     def oldest(self, limit: int) -> list[Prompt]:
-        """Up to `limit` prompts in order of arrival."""
-        return [entry[-1] for entry in self._by_arrival[:limit]]
+        """Up to `limit` prompts of the lowest ranks, of equal ones in order of arrival."""
+        return [entry[-1] for entry in self._by_rank[:limit]]

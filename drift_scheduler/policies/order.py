@@ -2,7 +2,8 @@
 
 Prompts that can still be in time go first, by due time; where not all of them can, the longest is
 given up, again and again (Moore and Hodgson's rule, which leaves the fewest late). Those given up
-come last, by arrival; but now and then it is their turn, so that nobody waits for ever.
+come last, by arrival; but now and then it is their turn, so that nobody waits for ever. All this
+among prompts of one rank: those of a lower rank go in front.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ PATIENCE_S = 10.0
 
 Seconds = Callable[[Sequence[Prompt]], Sequence[float]]
 _ARRIVAL = attrgetter("arrival_s")
+_RANK = attrgetter("rank")
 
 
 def by_due_time(backlog: Backlog, now_s: float, seconds: Seconds) -> list[Prompt]:
@@ -39,7 +41,7 @@ def by_due_time(backlog: Backlog, now_s: float, seconds: Seconds) -> list[Prompt
     order = [*in_time, *([begun] if begun else []), *late]
     if int(now_s / SLOT_S) % LATE_TURN == 0:
         order = [prompt for prompt in oldest if _overdue(prompt, now_s)] + order
-    order = list({prompt.key: prompt for prompt in order}.values())
+    order = sorted({prompt.key: prompt for prompt in order}.values(), key=_RANK)
     return _begun_first(order) if begun else order
 
 

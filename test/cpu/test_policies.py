@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -364,6 +365,23 @@ def test_a_prompt_that_is_never_due_has_its_turn_too():
     now_s = (int(3 * PATIENCE_S / SLOT_S / LATE_TURN) + 1) * LATE_TURN * SLOT_S
     fresh = prompt("fresh", due_s=now_s + 1.0, arrival_s=now_s)
     assert by_due_time(backlog(patient, fresh), now_s, tenths)[0].key == "patient"
+
+
+def test_a_lower_rank_goes_first_whatever_is_due():
+    waiting = backlog(
+        replace(prompt("urgent", due_s=0.5), rank=5),
+        replace(prompt("late", due_s=-1.0, arrival_s=-2.0), rank=5),
+        prompt("first", due_s=math.inf, arrival_s=-1.0),
+        prompt("second", due_s=math.inf),
+        *[replace(prompt(f"crowd{i}", due_s=1.0), rank=7) for i in range(40)],
+    )
+    for now_s in (0.0, SLOT_S * (LATE_TURN - 1)):  # in the turn of those given up, and not
+        order = [entry.key for entry in by_due_time(waiting, now_s, tenths)]
+        assert order[:2] == ["first", "second"]
+        assert sorted(order[2:4]) == ["late", "urgent"]
+    assert [entry.key for entry in waiting.oldest(4)] == ["first", "second", "late", "urgent"]
+    waiting.remove("first")
+    assert waiting.oldest(1)[0].key == "second"
 
 
 def test_only_short_prompts_overtake_a_half_filled_one():

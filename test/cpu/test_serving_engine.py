@@ -232,6 +232,7 @@ class Server:
         prompt: Sequence[int],
         namespace: str = "",
         slo: Slo = NO_SLO,
+        rank: int = 0,
         **sampling,
     ) -> None:
         self._arrivals += 1
@@ -243,6 +244,7 @@ class Server:
                 arrival_s=self.clock.now_s + self._arrivals * 1e-9,
                 namespace=namespace,
                 slo=slo,
+                rank=rank,
             )
         )
 
@@ -767,6 +769,16 @@ def test_a_request_that_comes_back_to_the_queue_keeps_its_place():
     queue.add(requests[0])
     assert queue.in_order() == requests
     assert len(queue) == 3
+
+
+@pytest.mark.parametrize("mode", ["turns", "chunked"])
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_a_lower_rank_starts_first(mode, policy):
+    server = Server(Setup(mode=mode, policy=policy, prefill_max_requests=1, step_tokens=9))
+    for i, rank in enumerate([3, 1, 2, 1, 0]):
+        server.ask(f"r{i}", [i + 1] * 8, rank=rank, max_new_tokens=2)
+    server.finish()
+    assert server.started == ["r4", "r1", "r3", "r2", "r0"]
 
 
 def test_lpm_takes_the_longest_cached_prefix_first():

@@ -36,7 +36,11 @@ GENERATE: list[tuple[str, Any]] = [
     ("temprature", {"text": "a", "sampling_params": {"temprature": 1}}),
     ("promt", {"promt": "a"}),
     ("rid", {"text": ["a", "b"], "rid": ["same", "same"]}),
-    ("return_logprob", {"text": "a", "return_logprob": True}),
+    ("return_logprob", {"text": "a", "return_logprob": 1}),
+    ("logprob_start_len", {"text": "a", "return_logprob": True, "logprob_start_len": 1}),
+    ("stop_regex", {"text": "a", "sampling_params": {"stop_regex": "(a"}}),
+    ("repetition_penalty", {"text": "a", "sampling_params": {"repetition_penalty": 0}}),
+    ("priority", {"text": "a", "priority": 1}),
 ]
 COMPLETIONS: list[tuple[str, Any]] = [
     ("prompt", {}),

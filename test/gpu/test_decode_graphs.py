@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from drift_scheduler.lane import Phase
 from sglang.srt.layers.attention.triton_backend import TritonAttention
 from sglang.srt.layers.matmul.base import TorchMatmul
+from sglang.srt.layers.penalties import IN_PROMPT, History
 from sglang.srt.logprobs import LogprobWish
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
@@ -173,6 +175,50 @@ def test_log_probabilities_of_a_graphed_step_are_those_of_an_eager_one(
             if temperature == 0:
                 assert scores.top_ids[0, 0] == tokens[place]
                 assert scores.chosen[0] == pytest.approx(scores.top_values[0, 0])
+
+
+def write_lines(runner, lane, histories):
+    """As the launches do that fill the prompts."""
+    for history in histories:
+        runner.penalties.take(history.owner)
+        lane.launch(lambda history=history: runner.penalties.begin(history)).wait(LIMIT_S)
+
+
+def test_penalties_count_what_graphed_steps_choose(runner, graphs, lanes):
+    """Three steps one behind the other, of rows of which every second is penalised."""
+    lane = lanes.lane(Phase.DECODE, lanes.table.whole)
+    plain = SamplingParams(temperature=0)
+    penalised = SamplingParams(
+        temperature=0, frequency_penalty=2.0, repetition_penalty=1.5, logit_bias={17: 0.5}
+    )
+    prompt = np.arange(40, 90)
+    told = []
+    for used in (None, graphs):
+        runner.graphs = used
+        wishes = tuple(SampleWish((plain, penalised)[i % 2], seed=i) for i in range(4))
+        histories = [History(wish, prompt, np.array([17, 17])) for wish in wishes[1::2]]
+        write_lines(runner, lane, histories)
+        with torch.inference_mode():
+            runner.relay.copy_(torch.arange(len(runner.relay)) * 37 % 1000)
+        torch.cuda.synchronize()
+        runs = []
+        for step in range(3):
+            batch = decode_batch([100 + step, 7 + step, 64 + step, 30 + step])
+            run = runner.start(dataclasses.replace(batch, samples=wishes))
+            runs.append((run, lane.launch(run.slice_work(lane, 0, runner.num_layers))))
+        for _, ticket in runs:
+            ticket.wait(LIMIT_S)
+        told.append([run.tokens() for run, _ in runs])
+        [rows] = runner.penalties.rows_of(wishes, [wish.sampling for wish in wishes])
+        times = rows.counts[rows.lines] & (IN_PROMPT - 1)
+        assert times.sum(dim=1).tolist() == [2 + 3] * 2
+        for row, place in enumerate((1, 3)):
+            for tokens in told[-1]:
+                assert times[row, tokens[place]] > 0
+        for wish in wishes:
+            runner.forget(wish)
+        assert runner.penalties.num_blocks == 0
+    assert told[0] == told[1]
 
 
 def test_log_probabilities_arrive_in_pinned_memory_with_those_of_a_prompt(runner, lanes, device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -14,10 +15,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from drift_scheduler.lane import Phase
 from sglang.srt.layers.attention.flashinfer_backend import is_installed
 from sglang.srt.layers.matmul.base import TorchMatmul
+from sglang.srt.logprobs import LogprobWish
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.graph_capture import capture_graphs
-from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
+from sglang.srt.model_executor.host_batch import HostBatch, PromptPart, SampleWish
 from sglang.srt.model_executor.lane_kernels import kernels_by_lane
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader import load_model
@@ -155,6 +157,28 @@ def compare(runner, lane, batch, monkeypatch):
 def test_prompts_alone(runner, lanes, prefill, partition, monkeypatch):
     lane = lanes.lane(Phase.PREFILL, lanes.table[partition])
     compare(runner, lane, batch_of([], prefill), monkeypatch)
+
+
+def test_log_probabilities_of_a_prompt_come_from_a_graph_too(runner, lanes, monkeypatch):
+    lane = lanes.lane(Phase.PREFILL, lanes.table.whole)
+    next_ids = np.arange(100, 290)
+    part = PromptPart(30, next_ids, LogprobWish(top=2, token_ids=[3]))
+    batch = dataclasses.replace(batch_of([], [(0, 20), (64, 210)]), scored=(part,))
+    told = []
+    for graphs in (runner.prefill_graphs, {}):
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "prefill_graphs", graphs)
+            run = runner.start(batch)
+            assert run.indivisible == bool(graphs)
+            lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
+            [scores] = run.scores().prompts
+            assert run.scores().samples == {}
+            told.append(scores)
+    graphed, eager = told
+    assert graphed.chosen.shape == (190,)
+    np.testing.assert_allclose(graphed.chosen, eager.chosen, atol=0.1)
+    np.testing.assert_allclose(graphed.top_values, eager.top_values, atol=0.1)
+    np.testing.assert_allclose(graphed.listed, eager.listed, atol=0.1)
 
 
 def test_lanes_that_share_memory_leave_each_other_alone(runner, lanes, monkeypatch):

@@ -60,7 +60,8 @@ class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
 
     `namespace` separates prefix caches: requests with different namespaces share nothing.
     `slo_class` is the name under which the request is counted, "" for one of our own.
-    `logprobs` is what to tell of each token, None if nothing; its `start` is a position.
+    `logprobs` is what to tell of each token, None if nothing; its `start` is a position. While
+    they wait, requests of a lower `rank` go in front of others.
     """
 
     rid: str
@@ -71,6 +72,7 @@ class GenerateRequest(Message, frozen=True, tag=True, kw_only=True):
     slo: Slo = Slo()
     slo_class: str = "default"
     logprobs: LogprobWish | None = None
+    rank: int = 0
 
 
 class AbortRequest(Message, frozen=True, tag=True, kw_only=True):

@@ -15,7 +15,8 @@ class WaitingQueue:
     """Requests that hold no device memory, by id.
 
     policy "fcfs": in order of arrival, retracted requests keeping their place. "lpm": longest
-    cached prefix first, as `cached_prefix(request)` tells, ties by arrival.
+    cached prefix first, as `cached_prefix(request)` tells, ties by arrival. Under either, requests
+    of a lower rank go in front of others.
     """
 
     def __init__(self, policy: str, cached_prefix: Callable[[Request], int]) -> None:
@@ -46,4 +47,5 @@ class WaitingQueue:
         by_arrival = sorted(self._requests.values(), key=lambda request: request.arrival_s)
         if self._policy == "lpm" and len(by_arrival) <= LPM_MAX_WAITING:
             by_arrival.sort(key=self._cached_prefix, reverse=True)
+        by_arrival.sort(key=lambda request: request.rank)
         return by_arrival

@@ -47,6 +47,7 @@ class Request:
         self.arrival_s = message.arrival_s
         self.slo = message.slo
         self.slo_class = message.slo_class
+        self.rank = message.rank
         self.pace = Pace(self.arrival_s, self.slo.tbt_s)
         # When its next token is due while it waits: the first one, or after a retraction the one
         # behind those it has.

@@ -174,6 +174,14 @@ class ServerArgs:
         "Waiting order: first come first served, or longest cached prefix first.",
         group=_MEMORY,
     )
+    enable_priority_scheduling: bool = flag(
+        False,
+        "Take waiting requests by the priority that they name, higher ones first.",
+        group=_MEMORY,
+    )
+    schedule_low_priority_values_first: bool = flag(
+        False, "Of priorities, lower ones first.", group=_MEMORY
+    )
     schedule_conservativeness: float = flag(
         1.0, "Above 1 admits more slowly, below 1 risks more retractions.", group=_MEMORY
     )
@@ -437,6 +445,11 @@ class ServerArgs:
             chunk is None or chunk == -1 or (chunk >= 1 and chunk % page == 0),
             "chunked_prefill_size",
             f"must be -1 or a positive multiple of --page-size {page}, got {chunk}",
+        )
+        _require(
+            self.enable_priority_scheduling or not self.schedule_low_priority_values_first,
+            "schedule_low_priority_values_first",
+            "has no effect without --enable-priority-scheduling",
         )
         if not self.enable_pdmux:
             self._require_unset(

@@ -51,7 +51,7 @@ enable-mm-global-cache enable-mscclpp enable-multi-layer-eagle
 enable-multimodal enable-nccl-nvls enable-nsa-prefill-context-parallel enable-p2p-check
 enable-page-major-kv-layout enable-precise-embedding-interpolation
 enable-prefill-context-parallel enable-prefill-cp enable-prefill-delayer enable-prefix-mm-cache
-enable-priority-scheduling enable-profile-cuda-graph enable-quant-communications
+enable-profile-cuda-graph enable-quant-communications
 enable-request-time-stats-logging enable-return-hidden-states enable-return-indexer-topk
 enable-return-routed-experts enable-scattered-sconv enable-session-radix-cache
 enable-single-batch-overlap enable-ssl-refresh enable-streaming-session enable-strict-thinking
@@ -106,7 +106,7 @@ remote-instance-weight-loader-seed-instance-ip
 remote-instance-weight-loader-seed-instance-service-port
 remote-instance-weight-loader-send-weights-group-ports
 remote-instance-weight-loader-start-seed-via-transfer-engine retraction-policy
-rl-on-policy-target rl-quant-profile schedule-low-priority-values-first scheduler-recv-interval
+rl-on-policy-target rl-quant-profile scheduler-recv-interval
 show-time-cost sidecar sidecar-args sleep-on-idle smg-grpc-mode smg-http-sidecar-port
 soft-watchdog-timeout spec-trace-dir speculative-accept-threshold-acc
 speculative-accept-threshold-single speculative-adaptive speculative-adaptive-config

@@ -166,6 +166,19 @@ class TestGenerate:
         until(lambda: server.state.manager.in_flight == 0)
         assert bool(server.engine.scheduler.aborted) == (not background)
 
+    @pytest.mark.parametrize("flipped", [False, True])
+    def test_a_priority_becomes_a_rank(self, serve: Any, flipped: bool) -> None:
+        flags = {"schedule_low_priority_values_first": flipped}
+        ranks = []
+        with serve(enable_priority_scheduling=True, **flags) as served:
+            for priority in (7, -2, None):
+                body = {"text": "Hi", "sampling_params": {"max_new_tokens": 1}}
+                body["priority"] = priority
+                served.client.post("/generate", json=body).raise_for_status()
+                ranks.append(served.engine.last_request.rank)
+        assert ranks[:2] == ([7, -2] if flipped else [-7, 2])
+        assert ranks[2] > max(ranks[:2])
+
     def test_put_and_ids_and_length(self, server: Any) -> None:
         body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 2}}
         result = server.client.put("/generate", json=body).json()

@@ -18,6 +18,7 @@ from sglang.srt.entrypoints.error_forms import (
 from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.native_logprobs import LogprobFields, logprob_info, wishes_of
+from sglang.srt.entrypoints.priorities import rank_of
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import (
     DONE,
@@ -66,7 +67,6 @@ NEUTRAL: Neutral = {
     "data_parallel_rank": (None, 0),
     "disagg_prefill_dp_rank": ABSENT,
     "require_reasoning": OFF,
-    "priority": (None,),
     "need_wait_for_mm_inputs": OFF,
     "num_items_assigned": ABSENT,
     "mm_data_mooncake": ABSENT,
@@ -113,6 +113,7 @@ class GenerateBody(LogprobFields):
     return_prompt_token_ids: bool = False
     background: bool = False
     no_logs: bool = False
+    priority: int | None = None
     slo: Any = None  # ServiceLevels says what it may be
 
 
@@ -167,6 +168,7 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
         vocab_size=state.model.vocab_size,
         has_tokenizer=state.model.tokenizer is not None,
     )
+    rank = rank_of(body.priority, state.args)
     defaults = state.args.preferred_sampling_params or {}
     prompts = [
         Prompt(
@@ -177,6 +179,7 @@ def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bo
             field=field,
             level=state.levels.resolve(slos[i]),
             logprobs=logprobs[i],
+            rank=rank,
             **row,
         )
         for i, row in enumerate(rows)

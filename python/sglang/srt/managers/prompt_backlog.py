@@ -51,6 +51,7 @@ class PromptBacklog:
                 cached=cached,
                 arrival_s=request.arrival_s,
                 due_s=request.due_s,
+                rank=request.rank,
             )
         )
 

@@ -42,6 +42,7 @@ class Prompt:
     add_special_tokens: bool = True
     level: ServiceLevel = NOTHING_ASKED
     logprobs: LogprobWish | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class TokenizedPrompt:
     namespace: str
     level: ServiceLevel = NOTHING_ASKED
     logprobs: LogprobWish | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ class PromptEncoder:
             )
         asked = prompt.logprobs
         wish = None if asked is None else asked.for_prompt(len(packed))
-        return TokenizedPrompt(packed, sampling, prompt.namespace, prompt.level, wish)
+        return TokenizedPrompt(packed, sampling, prompt.namespace, prompt.level, wish, prompt.rank)
 
     def _packed(self, ids: list[int], field: str) -> TokenIds:
         """A prompt may have many thousand ids, and the streams of others wait for this check."""

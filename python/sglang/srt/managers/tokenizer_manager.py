@@ -263,6 +263,7 @@ class TokenizerManager:
                 slo=answer.prompt.level.slo,
                 slo_class=answer.prompt.level.class_name,
                 logprobs=answer.prompt.logprobs,
+                rank=answer.prompt.rank,
             )
         )
 
