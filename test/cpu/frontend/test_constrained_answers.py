@@ -98,6 +98,44 @@ def test_schema_of_calls(choice: Any, parallel: bool, answer: Any, valid: bool) 
     assert validator.is_valid(answer) is valid
 
 
+def strict(tool: Any) -> Any:
+    return {"type": "function", "function": {**tool["function"], "strict": True}}
+
+
+def test_strict_tools_hold_calls_to_their_schema_but_leave_answers_free() -> None:
+    plan = ToolPlan.of(tools(strict(WEATHER), NOW), "auto", parser_name="qwen25")
+    assert plan.may_answer
+    assert plan.constraint is not None
+    assert plan.constraint.name == "structural_tag"
+    tag = json.loads(plan.constraint.value)
+    assert tag["triggers"] == ["<tool_call>"]
+    weather, now = tag["structures"]
+    assert (weather["schema"], now["schema"]) == (CITY, {"type": "object"})
+    # What the tag makes the model write is what the parser reads.
+    assert plan.parser is not None
+    written = weather["begin"] + '{"city": "Rome"}' + weather["end"]
+    [call] = plan.parser.parse(written, plan.names).calls
+    assert (call.name, call.arguments) == ("get_weather", '{"city": "Rome"}')
+
+
+def test_strict_is_refused_where_it_cannot_be_kept() -> None:
+    with pytest.raises(RequestError, match="strict cannot be kept"):
+        ToolPlan.of(tools(strict(WEATHER)), "auto", parser_name="llama3")
+    ToolPlan.of(tools(strict(WEATHER)), "required", parser_name="llama3")
+
+
+def test_a_response_format_goes_before_strict_tools(serve: Any) -> None:
+    with serve(tool_call_parser="hermes") as served:
+        served.engine.says("{}")
+        body: Any = {"messages": HI, "tools": [strict(WEATHER)]}
+        served.client.post("/v1/chat/completions", json=body).raise_for_status()
+        assert served.engine.last_request.sampling.structural_tag
+        body["response_format"] = {"type": "json_object"}
+        served.client.post("/v1/chat/completions", json=body).raise_for_status()
+        sampling = served.engine.last_request.sampling
+        assert (sampling.json_schema, sampling.structural_tag) == ('{"type": "object"}', None)
+
+
 def test_two_tools_may_not_mean_different_things_by_a_name() -> None:
     other = {**CITY, "$defs": {"City": {"type": "integer"}}}
     both = tools(WEATHER, {"type": "function", "function": {"name": "b", "parameters": other}})

@@ -238,6 +238,18 @@ class TestChatExtras:
         assert counts == sorted(counts)
         assert counts[-1] == last.usage.completion_tokens
 
+    def test_priorities(self, client: openai.OpenAI, serve: Any) -> None:
+        with pytest.raises(openai.BadRequestError, match="priority"):
+            chat(client, extra_body={"priority": 1})
+        with serve(enable_priority_scheduling=True) as served:
+            served.engine.says(TEXT)
+            for path in ("chat/completions", "completions"):
+                body = {"messages": HI} if path.startswith("chat") else {"prompt": "Hi"}
+                response = served.client.post(f"/v1/{path}", json={**body, "priority": 3})
+                response.raise_for_status()
+            ranks = [request.rank for request in served.engine.scheduler.received]
+        assert ranks == [-3, -3]
+
     def test_same_as_invocations(self, parsing_server: Any, engine: Any) -> None:
         got = parsing_server.client.post("/invocations", json={"messages": HI}).json()
         assert got["choices"][0]["message"]["content"] == TEXT

@@ -18,6 +18,7 @@ from sglang.srt.entrypoints.openai.output_format import (
 from sglang.srt.entrypoints.openai.protocol import ChatBody
 from sglang.srt.entrypoints.openai.sampling import sampling_of
 from sglang.srt.entrypoints.openai.tools import ToolPlan
+from sglang.srt.entrypoints.priorities import rank_of
 from sglang.srt.entrypoints.server_state import ServerState
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.answers import Answer
@@ -49,8 +50,10 @@ def plan_chat(body: ChatBody, state: ServerState) -> ChatPlan:
     constraint = only_constraint(
         body.model_dump(include={"json_schema", "regex", "ebnf"}),
         response_format_constraint(body.response_format),
-        tools.constraint,
+        None if tools.may_answer else tools.constraint,
     )
+    if constraint is None:
+        constraint = tools.constraint
     text = None if body.input_ids is not None else _prompt_text(body, tools, state)
     prompt = Prompt(
         sampling_of(
@@ -68,6 +71,7 @@ def plan_chat(body: ChatBody, state: ServerState) -> ChatPlan:
         level=state.levels.resolve(body.slo),
         add_special_tokens=False,  # the template has written them
         logprobs=chat_wish(body.logprobs, body.top_logprobs),
+        rank=rank_of(body.priority, state.args),
     )
     return _with_readers(prompt, body, tools, constraint, state)
 
@@ -81,9 +85,11 @@ def _with_readers(
 ) -> ChatPlan:
     habit = REASONING_PARSERS.get(state.args.reasoning_parser or "")
     opening = _end_of_prompt(prompt, state) if habit is not None else ""
-    # A grammar holds from the first token on: there is no thinking, and no call but by its schema.
-    thinks = constraint is None and habit is not None
-    calls = constraint is None or constraint is tools.constraint
+    # But for that of strict tools a grammar holds from the first token on: there is no thinking,
+    # and no call but by its schema.
+    free = constraint is None or (constraint is tools.constraint and tools.may_answer)
+    thinks = free and habit is not None
+    calls = free or constraint is tools.constraint
 
     def new_reader(separate: bool = body.separate_reasoning is not False) -> AnswerReader:
         return AnswerReader(

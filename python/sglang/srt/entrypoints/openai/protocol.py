@@ -56,6 +56,7 @@ class _GenerationBody(SamplingFields):
     rid: OneOrManyTexts | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     slo: Any = None  # ServiceLevels says what it may be
 
 
@@ -181,7 +182,6 @@ _NEUTRAL: Neutral = {
     "return_routed_experts": OFF,
     "routed_experts_start_len": (None, 0),
     "return_cached_tokens_details": OFF,
-    "priority": (None,),
     "bootstrap_host": ABSENT,
     "bootstrap_port": ABSENT,
     "bootstrap_room": ABSENT,

@@ -22,6 +22,7 @@ from sglang.srt.entrypoints.openai.protocol import (
 )
 from sglang.srt.entrypoints.openai.reply import Reply, check_model, finish_fields, token_id_fields
 from sglang.srt.entrypoints.openai.sampling import openai_names, sampling_of
+from sglang.srt.entrypoints.priorities import rank_of
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_leaves
 from sglang.srt.entrypoints.value_types import is_batch_of_ids
@@ -149,6 +150,7 @@ def _prompts(body: CompletionBody, state: ServerState) -> list[Prompt]:
         namespace=namespace,
         field="prompt",
         level=level,
+        rank=rank_of(body.priority, state.args),
         logprobs=completion_wish(
             body.logprobs, echo=bool(body.echo), vocab_size=state.model.vocab_size
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from sglang.srt.parsers.tool_calls.json_array import JsonArrayParser
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """for_template: what the chat template is told of. constraint: of generation.
+    """for_template: what the chat template is told of. constraint: of generation; with `may_answer`
+    it leaves the model to answer in words instead.
 
     parser: reads the answer; None if there is nothing to look for.
     """
@@ -25,6 +27,7 @@ class ToolPlan:
     constraint: Constraint | None = None
     parser: type[ToolCallParser] | None = None
     names: tuple[str, ...] = ()
+    may_answer: bool = True
 
     @classmethod
     def of(
@@ -53,12 +56,37 @@ class ToolPlan:
                     "required, none or a function",
                     "tools",
                 )
-            return cls(for_template, None, TOOL_CALL_PARSERS[parser_name], names)
+            parser = TOOL_CALL_PARSERS[parser_name]
+            return cls(for_template, _strict_constraint(tools, parser), parser, names)
         callable_ones = [t for t in tools if wanted == "required" or t.function.name == wanted[0]]
         several = parallel and wanted == "required"
         schema = calls_schema(callable_ones, several=several)
         constraint = schema_constraint("tool_choice", schema)
-        return cls(for_template, constraint, JsonArrayParser, names)
+        return cls(for_template, constraint, JsonArrayParser, names, may_answer=False)
+
+
+def _strict_constraint(tools: Sequence[Tool], parser: type[ToolCallParser]) -> Constraint | None:
+    """Holds calls, where the model makes any, to the schemas of strict tools."""
+    if not any(tool.function.strict for tool in tools):
+        return None
+    if parser.frame is None:
+        raise RequestError(
+            "tools: strict cannot be kept in this model's format of calls; leave it out, or give "
+            "tool_choice required or a function",
+            "tools",
+        )
+    before, behind = parser.frame
+    structures = [
+        {
+            "begin": before.replace("NAME", tool.function.name),
+            "schema": (tool.function.parameters if tool.function.strict else None)
+            or {"type": "object"},
+            "end": behind,
+        }
+        for tool in tools
+    ]
+    tag = {"type": "structural_tag", "structures": structures, "triggers": [parser.mark]}
+    return Constraint("tools", "structural_tag", json.dumps(tag, ensure_ascii=False))
 
 
 def template_tools(tools: Sequence[Tool] | None, choice: Any) -> list[dict[str, Any]] | None:

@@ -20,10 +20,13 @@ class ToolCallParser:
     """Reads one answer. `feed` it the text as it comes, then `finish`.
 
     mark: opens a call. mark_is_special: it is a special token, which must not be skipped.
+    frame: what stands before and behind the arguments, NAME for the name; None if a grammar cannot
+    hold the model to it.
     """
 
     mark: ClassVar[str] = ""
     mark_is_special: ClassVar[bool] = False
+    frame: ClassVar[tuple[str, str] | None] = None
 
     def __init__(self, tool_names: Collection[str]) -> None:
         self._is_tool = frozenset(tool_names).__contains__

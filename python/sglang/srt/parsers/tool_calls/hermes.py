@@ -9,6 +9,7 @@ _CLOSE = "</tool_call>"
 
 class HermesParser(ToolCallParser):
     mark = "<tool_call>"
+    frame = ('<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>")
 
     def _end_call(self) -> None:
         super()._end_call()

@@ -56,6 +56,7 @@ def chat_body_of(body: ResponsesBody, messages: Sequence[ChatMessage]) -> ChatBo
         response_format=_response_format(body),
         extra_key=body.extra_key,
         cache_salt=body.cache_salt,
+        priority=body.priority or None,  # 0 is this API's word for none
         slo=body.slo,
     )
 

@@ -101,6 +101,7 @@ class ResponsesBody(_Body):
     user: str | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     request_id: Annotated[str, pydantic.Field(pattern="^resp_")] | None = None
     slo: Any = None  # ServiceLevels says what it may be
 
@@ -126,7 +127,6 @@ NEUTRAL: Neutral = {
     "include": (None, [], "reasoning.encrypted_content"),  # thoughts are sent openly
     "max_tool_calls": (None,),
     "moderation": (None,),
-    "priority": (None, 0),
     "prompt": (None,),
     "session_id": ABSENT,
     "top_logprobs": (None, 0),
