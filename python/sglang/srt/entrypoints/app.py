@@ -12,9 +12,11 @@ from sglang.srt.entrypoints import (
     not_generation,
     operations,
     parse_text,
+    vertex,
 )
 from sglang.srt.entrypoints.anthropic import serving_messages
 from sglang.srt.entrypoints.auth import BearerAuth
+from sglang.srt.entrypoints.ollama import serving as serving_ollama
 from sglang.srt.entrypoints.openai import (
     serving_chat,
     serving_completions,
@@ -44,6 +46,8 @@ def build_app(state: ServerState) -> FastAPI:
         serving_score,
         serving_tokenize,
         not_generation,
+        vertex,
+        serving_ollama,
     ):
         app.include_router(part.router)
     if state.args.enable_metrics:

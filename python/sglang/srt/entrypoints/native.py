@@ -142,6 +142,16 @@ async def generate(request: Request) -> Response:
     return JsonResponse(results if several else results[0])
 
 
+async def all_results(
+    request: Request, body: GenerateBody, state: ServerState
+) -> list[dict[str, Any]]:
+    """What a call that does not stream answers, always as a list. Raises RequestError."""
+    prompts, _ = prompts_of(body, state)
+    updates = state.manager.generate(prompts, rid=body.rid, stream=False)
+    form = _Form(state, body, several=True)
+    return await unless_client_leaves(request, _collect(updates, form))
+
+
 def prompts_of(body: GenerateBody, state: ServerState) -> tuple[list[Prompt], bool]:
     """The prompts, and whether the client sent a batch. Raises RequestError."""
     texts, ids = body.text, body.input_ids
