@@ -153,6 +153,15 @@ def test_what_cannot_be_parsed_is_named(argv, message):
         ),
         (["--device", "cpu", "--attention-backend", "triton"], "--attention-backend triton needs"),
         (["--skip-tokenizer-init", "--chat-template", "x"], "--chat-template has no effect"),
+        (["--skip-tokenizer-init", "--reasoning-parser", "qwen3"], "--reasoning-parser has no"),
+        (
+            ["--tool-call-parser", "qwen3_coder"],
+            "--tool-call-parser qwen3_coder is not one of hermes, llama3, mistral, qwen, qwen25",
+        ),
+        (
+            ["--reasoning-parser", "step3"],
+            "--reasoning-parser step3 is not one of deepseek-r1, qwen3, qwen3-thinking",
+        ),
         (["--slo-ttft-ms", "0"], "--slo-ttft-ms must be a number of milliseconds greater than 0"),
         (["--slo-ttft-ms-per-token", "-1"], "--slo-ttft-ms-per-token must be a number"),
         (["--slo-tbt-ms", "nan"], "--slo-tbt-ms must be a number"),

@@ -31,6 +31,7 @@ SERVER_FLAGS = [
     "--max-total-tokens=24K",
     "--enable-cache-report",
     "--enable-metrics",
+    "--tool-call-parser=hermes",
 ]
 
 

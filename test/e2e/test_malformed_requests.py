@@ -55,7 +55,9 @@ CHAT: list[tuple[str, Any]] = [
     ("messages[0].role", {"messages": [{"role": "wizard", "content": "Hi"}]}),
     ("max_tokens", {"messages": HI, "max_tokens": 100_000}),
     ("top_p", {"messages": HI, "top_p": 7}),
-    ("tools", {"messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+    ("tools[0].function", {"messages": HI, "tools": [{"type": "function"}]}),
+    ("tool_choice", {"messages": HI, "tool_choice": "required"}),
+    ("response_format.type", {"messages": HI, "response_format": {"type": "yaml"}}),
 ]
 RAW: list[tuple[str, str, str]] = [
     ("/generate", '{"text": ', "JSON"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 from sglang.srt.errors import ConfigError
 from sglang.srt.server_args import ServerArgs, resolve_device
 
-logger = logging.getLogger(__name__)
-
-_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
+_GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +82,6 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
     defaults = {k: config[k] for k in _GENERATION_DEFAULTS if config.get(k) is not None}
     if defaults.get("top_k") == 0:  # how Hugging Face writes "off"
         defaults["top_k"] = -1
-    if config.get("repetition_penalty") not in (None, 1, 1.0):
-        logger.warning(
-            "%s recommends repetition_penalty %s, which is not supported and left out",
-            path,
-            config["repetition_penalty"],
-        )
     return defaults
 
 

@@ -29,6 +29,8 @@ from sglang.srt.flags import (
     token_count,
 )
 from sglang.srt.multiplex_policy import MultiplexPolicy
+from sglang.srt.parsers.reasoning import REASONING_PARSERS
+from sglang.srt.parsers.tool_calls import TOOL_CALL_PARSERS
 from sglang.srt.pdmux_config import PdmuxConfig
 from sglang.srt.service_levels import KEYS as SLO_KEYS
 from sglang.srt.service_levels import ServiceLevels, checked_classes, problem_of
@@ -110,6 +112,16 @@ class ServerArgs:
     )
     chat_template: str | None = flag(
         None, "Chat template, a Jinja file; the tokenizer's own if not given.", group=_API
+    )
+    tool_call_parser: str | None = flag(
+        None,
+        f"How the model writes calls of tools: {', '.join(TOOL_CALL_PARSERS)}.",
+        group=_API,
+    )
+    reasoning_parser: str | None = flag(
+        None,
+        f"How the model marks its thoughts: {', '.join(REASONING_PARSERS)}.",
+        group=_API,
     )
     sampling_defaults: Literal["model", "openai"] = flag(
         "model",
@@ -366,6 +378,7 @@ class ServerArgs:
         self._check_ranges()
         self._check_combinations()
         self._check_service_levels()
+        self._check_parsers()
         self.policy()
 
     @property
@@ -541,6 +554,23 @@ class ServerArgs:
             checked_classes(self.slo_classes)
         except ValueError as error:
             raise ConfigError(f"slo_classes: {error}") from None
+
+    def _check_parsers(self) -> None:
+        for field, known in (
+            ("tool_call_parser", TOOL_CALL_PARSERS),
+            ("reasoning_parser", REASONING_PARSERS),
+        ):
+            name = getattr(self, field)
+            _require(
+                name is None or name in known,
+                field,
+                f"{name} is not one of {', '.join(known)}",
+            )
+            _require(
+                name is None or not self.skip_tokenizer_init,
+                field,
+                "has no effect with --skip-tokenizer-init",
+            )
 
     def _require_unset(self, when: str, *fields: str) -> None:
         for field in fields:

@@ -101,7 +101,7 @@ prefill-delayer-token-usage-low-watermark prefill-delayer-wait-seconds-buckets
 prefill-only-disable-kv-cache prefill-round-robin-balance
 priority-scheduling-preemption-threshold prompt-tokens-buckets quantization
 quantization-param-path quantize-and-serve radix-cache-backend radix-eviction-policy
-reasoning-parser remote-instance-weight-loader-backend
+remote-instance-weight-loader-backend
 remote-instance-weight-loader-seed-instance-ip
 remote-instance-weight-loader-seed-instance-service-port
 remote-instance-weight-loader-send-weights-group-ports
@@ -126,7 +126,7 @@ speculative-skip-dp-mlp-sync speculative-token-map speculative-use-rejection-sam
 ssl-ca-certs ssl-certfile ssl-keyfile ssl-keyfile-password strip-thinking-cache
 swa-full-tokens-ratio tbo-token-distribution-threshold tokenizer-backend
 tokenizer-metrics-allowed-custom-labels tokenizer-metrics-custom-labels-header
-tokenizer-worker-num tool-call-parser tool-server torch-compile-max-bs torchao-config
+tokenizer-worker-num tool-server torch-compile-max-bs torchao-config
 trace-modules triton-attention-num-kv-splits triton-attention-reduce-in-fp32
 triton-attention-split-tile-size use-ray uvicorn-access-log-exclude-prefixes warmups
 weight-loader-disable-mmap weight-loader-drop-cache-after-load

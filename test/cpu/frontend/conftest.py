@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,12 +196,40 @@ def serving(tokenizer: Any, **flags: Any) -> Iterator[Served]:
                 assert not thread.is_alive()
 
 
-@pytest.fixture
-def serve(tokenizer: Any) -> Callable[..., AbstractContextManager[Served]]:
-    """`with serve(api_key=...) as served`: a server with the given flags."""
+@pytest.fixture(scope="session")
+def plain_template() -> str:
+    """A chat template that writes everything it is given, for tests that look at the prompt."""
+    path = Path(__file__).parents[1] / "data" / "plain_chat_template.jinja"
+    return path.read_text(encoding="utf-8")
 
-    def start(*, skip_tokenizer: bool = False, **flags: Any) -> AbstractContextManager[Served]:
-        return serving(None if skip_tokenizer else tokenizer, **flags)
+
+@pytest.fixture(scope="module")
+def parsing_server(serve: Any, plain_template: str) -> Iterator[Served]:
+    """A server that looks for calls of tools and for thoughts, shared by a module."""
+    with serve(
+        template=plain_template,
+        tool_call_parser="hermes",
+        reasoning_parser="qwen3",
+        enable_cache_report=True,
+    ) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def serve(tokenizer: Any) -> Callable[..., AbstractContextManager[Served]]:
+    """`with serve(api_key=...) as served`: a server with the given flags.
+
+    template: the text of a chat template instead of the model's own.
+    """
+
+    def start(
+        *, skip_tokenizer: bool = False, template: str | None = None, **flags: Any
+    ) -> AbstractContextManager[Served]:
+        mine = tokenizer
+        if template is not None:
+            mine = copy(tokenizer)
+            mine.chat_template = template
+        return serving(None if skip_tokenizer else mine, **flags)
 
     return start
 

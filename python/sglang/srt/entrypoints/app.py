@@ -5,14 +5,26 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from sglang.srt.entrypoints import error_forms, multiplex, native, operations
+from sglang.srt.entrypoints import (
+    error_forms,
+    multiplex,
+    native,
+    not_generation,
+    operations,
+    parse_text,
+    vertex,
+)
+from sglang.srt.entrypoints.anthropic import serving_messages
 from sglang.srt.entrypoints.auth import BearerAuth
+from sglang.srt.entrypoints.ollama import serving as serving_ollama
 from sglang.srt.entrypoints.openai import (
     serving_chat,
     serving_completions,
     serving_models,
+    serving_score,
     serving_tokenize,
 )
+from sglang.srt.entrypoints.openai.responses import serving as serving_responses
 from sglang.srt.entrypoints.server_state import ServerState
 from sglang.version import __version__
 
@@ -25,10 +37,17 @@ def build_app(state: ServerState) -> FastAPI:
         operations,
         multiplex,
         native,
+        parse_text,
         serving_completions,
         serving_chat,
         serving_models,
+        serving_responses,
+        serving_messages,
+        serving_score,
         serving_tokenize,
+        not_generation,
+        vertex,
+        serving_ollama,
     ):
         app.include_router(part.router)
     if state.args.enable_metrics:

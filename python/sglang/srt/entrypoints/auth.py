@@ -9,11 +9,12 @@ for admins       all       api key        admin key        admin key
 from __future__ import annotations
 
 import hmac
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sglang.srt.entrypoints.error_forms import JsonResponse
+from sglang.srt.entrypoints.error_forms import JsonResponse, anthropic_of, flat
 
 # Load balancers and scrapers have no key.
 _OPEN_PATHS = ("/health", "/ready", "/metrics")
@@ -59,7 +60,10 @@ class BearerAuth:
             await self._app(scope, receive, send)
             return
         error = "Unauthorized" if status_code == 401 else "Forbidden: the admin key is needed"
-        await JsonResponse({"error": error}, status_code)(scope, receive, send)
+        body: dict[str, Any] = {"error": error}
+        if scope["path"].startswith("/v1/messages"):
+            body = anthropic_of(flat("invalid x-api-key", "401", 401))
+        await JsonResponse(body, status_code)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> int | None:
         if scope["method"] == "OPTIONS" or scope["path"].startswith(_OPEN_PATHS):

@@ -53,6 +53,14 @@ def checked(model: type[B], body: dict[str, Any]) -> B:
         raise RequestError(f"{path}: {text}", path) from None
 
 
+def checked_at(model: type[B], body: dict[str, Any], path: str) -> B:
+    """As `checked`, of a part of a body: the errors' paths start with `path`."""
+    try:
+        return checked(model, body)
+    except RequestError as error:
+        raise RequestError(f"{path}.{error}", f"{path}.{error.field}") from None
+
+
 def _parse(raw: bytes) -> Any:
     try:
         return orjson.loads(raw)

@@ -11,6 +11,7 @@ from typing import Any, cast
 from fastapi import Request
 
 from sglang.srt.entrypoints.engine_controls import EngineControls
+from sglang.srt.entrypoints.openai.responses.store import ResponseStore
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.served_model import ServedModel
 from sglang.srt.server_args import ServerArgs
@@ -32,6 +33,7 @@ class ServerState:
     phase: Phase = Phase.STARTING
     created_unix_s: int = field(default_factory=lambda: int(time.time()))
     startup_s: float | None = None
+    responses: ResponseStore = field(default_factory=ResponseStore)
     levels: ServiceLevels = field(init=False)
     controls: EngineControls = field(init=False)
 

@@ -26,13 +26,18 @@ def event(payload: Any) -> bytes:
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
+def named_event(name: str, payload: Any) -> bytes:
+    return b"event: " + name.encode() + b"\n" + event(payload)
+
+
 class EventStream(Response):
     """Sends events as they come. If the client hangs up, `events` is closed without delay."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], media_type: str = "text/event-stream"
+    ) -> None:
         self._events = events
+        self.media_type = media_type
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})

@@ -6,6 +6,8 @@ from typing import Annotated, Any, TypeGuard
 
 from pydantic import PlainValidator
 
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
 
 def _texts(value: Any) -> str | list[str]:
     if isinstance(value, str):
@@ -28,6 +30,14 @@ def _prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
         except ValueError:
             continue
     raise ValueError("must be a string, a list of strings, token ids, or a list of token id lists")
+
+
+def _effort(value: Any) -> str | float:
+    if isinstance(value, str) and value in _EFFORTS:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 0.99:
+        return value
+    raise ValueError(f"must be one of {', '.join(_EFFORTS)}, or a number in [0, 0.99]")
 
 
 def _is_row(value: Any) -> bool:
@@ -57,6 +67,7 @@ def is_batch_of_ids(value: Any) -> TypeGuard[list[list[int]]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
+Effort = Annotated[str | float, PlainValidator(_effort)]
 OneOrManyTexts = Annotated[str | list[str], PlainValidator(_texts)]
 OneOrManyIds = Annotated[list[int] | list[list[int]], PlainValidator(_ids)]
 OneOrManyBools = Annotated[bool | list[bool], PlainValidator(_bools)]

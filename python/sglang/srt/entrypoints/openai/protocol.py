@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral
-from sglang.srt.entrypoints.value_types import AnyPrompt, OneOrManyIds, OneOrManyTexts
+from sglang.srt.entrypoints.value_types import AnyPrompt, Effort, OneOrManyIds, OneOrManyTexts
 
 
 class _Body(pydantic.BaseModel):
@@ -52,9 +52,11 @@ class _GenerationBody(SamplingFields):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
     rid: OneOrManyTexts | None = None
     extra_key: str | None = None
     cache_salt: str | None = None
+    priority: int | None = None
     slo: Any = None  # ServiceLevels says what it may be
 
 
@@ -62,11 +64,34 @@ class CompletionBody(_GenerationBody):
     prompt: AnyPrompt
     max_tokens: int | None = None
     echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    return_prompt_token_ids: bool | None = None
+    return_token_ids: bool | None = None
 
 
 class TextPart(_Body):
     type: Literal["text"]
     text: str
+
+
+class ThinkingPart(_Body):
+    type: Literal["thinking", "reasoning"]
+    thinking: str | None = None
+    text: str | None = None
+
+
+class CalledFunction(_Body):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(_Body):
+    id: str | None = None
+    index: int | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class ChatMessage(_Body):
@@ -76,18 +101,41 @@ class ChatMessage(_Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: list[MessageToolCall] | None = None
+
+
+class Function(_Body):
+    name: Annotated[str, pydantic.Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: Literal[False] | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"] = "function"
+    function: Function
+    defer_loading: Literal[False] | None = None
 
 
 class ChatBody(_GenerationBody):
     messages: list[ChatMessage]
+    input_ids: list[int] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = None  # ToolPlan says what it may be
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: Effort | None = None
+    return_prompt_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    return_meta_info: bool | None = None
 
 
 class TokenizeBody(_Body):
@@ -98,6 +146,9 @@ class TokenizeBody(_Body):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = None  # ToolPlan says what it may be
+    reasoning_effort: Effort | None = None
 
 
 class DetokenizeBody(_Body):
@@ -112,6 +163,7 @@ INFORMATIONAL = frozenset(
         "custom_labels",
         "metadata",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
@@ -121,7 +173,6 @@ INFORMATIONAL = frozenset(
 )
 
 _NEUTRAL: Neutral = {
-    "response_format": (None, {"type": "text"}),
     "session_id": ABSENT,
     "session_params": ABSENT,
     "lora_path": ABSENT,
@@ -131,9 +182,6 @@ _NEUTRAL: Neutral = {
     "return_routed_experts": OFF,
     "routed_experts_start_len": (None, 0),
     "return_cached_tokens_details": OFF,
-    "return_token_ids": OFF,
-    "return_prompt_token_ids": OFF,
-    "priority": (None,),
     "bootstrap_host": ABSENT,
     "bootstrap_port": ABSENT,
     "bootstrap_room": ABSENT,
@@ -141,37 +189,19 @@ _NEUTRAL: Neutral = {
     "disagg_prefill_dp_rank": ABSENT,
     "data_parallel_rank": (None, 0),
 }
-COMPLETION_NEUTRAL: Neutral = {
-    **_NEUTRAL,
-    "best_of": (None, 1),
-    "logprobs": (None,),
-    "suffix": (None, ""),
-}
+COMPLETION_NEUTRAL = _NEUTRAL
 CHAT_NEUTRAL: Neutral = {
     **_NEUTRAL,
     "audio": (None,),
     "function_call": (None, "none", "auto"),
     "functions": ABSENT,
-    "input_ids": (None,),
-    "logprobs": OFF,
     "max_dynamic_patch": (None,),
     "min_dynamic_patch": (None,),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, False, True),
+    "moderation": (None,),
     "prediction": (None,),
-    "return_meta_info": OFF,
-    "separate_reasoning": (None, False, True),
-    "stream_reasoning": (None, False, True),
     "task": (None,),
-    "tool_choice": (None, "none", "auto"),
-    "tools": ABSENT,
-    "top_logprobs": (None, 0),
     "use_audio_in_video": OFF,
     "verbosity": (None,),
     "web_search_options": (None,),
-}
-TOKENIZE_NEUTRAL: Neutral = {
-    "tools": ABSENT,
-    "tool_choice": (None, "none", "auto"),
-    "reasoning_effort": (None,),
 }

@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
-from sglang.srt.entrypoints.openai.chat_template import render
-from sglang.srt.entrypoints.openai.protocol import TOKENIZE_NEUTRAL, DetokenizeBody, TokenizeBody
-from sglang.srt.entrypoints.openai.responses import check_model
+from sglang.srt.entrypoints.openai.chat_template import render, template_variables
+from sglang.srt.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody
+from sglang.srt.entrypoints.openai.reply import check_model
+from sglang.srt.entrypoints.openai.tools import template_tools
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.entrypoints.value_types import is_batch_of_ids
 from sglang.srt.errors import RequestError
@@ -23,7 +23,7 @@ router = APIRouter()
 @router.post("/v1/tokenize")
 async def tokenize(request: Request) -> Response:
     state = state_of(request)
-    body = checked(TokenizeBody, without_unsupported(await read_object(request), TOKENIZE_NEUTRAL))
+    body = checked(TokenizeBody, await read_object(request))
     check_model(body.model, state)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt: give exactly one of prompt and messages", "prompt")
@@ -36,7 +36,8 @@ async def tokenize(request: Request) -> Response:
             body.messages,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
-            variables=body.chat_template_kwargs,
+            variables=template_variables(body.chat_template_kwargs, body.reasoning_effort),
+            tools=template_tools(body.tools, body.tool_choice),
         )
         [tokens] = await encoder.tokenize([text], add_special_tokens=False)
         count = len(tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from typing import Any
 
@@ -33,12 +33,34 @@ def finish_fields(answer: Answer) -> dict[str, Any]:
     }
 
 
+def token_id_fields(
+    answer: Answer, new_ids: list[int], *, prompt: bool | None = False, output: bool | None = False
+) -> dict[str, Any]:
+    """Of a choice that is to carry the ids that its text was made of."""
+    fields: dict[str, Any] = {}
+    if prompt:
+        fields["prompt_token_ids"] = answer.prompt.input_ids.tolist()
+    if output:
+        fields["token_ids"] = new_ids
+    return fields
+
+
+def no_reasoning(answer: Answer) -> int:
+    return 0
+
+
 class Usage:
     """Token counts of a call: a prompt counts once, however many answers it gets."""
 
-    def __init__(self, answers_per_prompt: int, cache_report: bool) -> None:
+    def __init__(
+        self,
+        answers_per_prompt: int,
+        cache_report: bool,
+        count_reasoning: Callable[[Answer], int] = no_reasoning,
+    ) -> None:
         self._n = answers_per_prompt
         self._cache_report = cache_report
+        self._count_reasoning = count_reasoning
         self._seen: dict[int, Answer] = {}
 
     def see(self, answer: Answer) -> None:
@@ -49,24 +71,24 @@ class Usage:
 
     def of(self, answer: Answer) -> dict[str, Any]:
         """For continuous_usage_stats: one answer and its prompt."""
-        return self._count(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens)
+        return self._of([answer])
 
-    def _of(self, answers: Iterable[Answer]) -> dict[str, Any]:
+    def _of(self, answers: Collection[Answer]) -> dict[str, Any]:
         prompts = {answer.index // self._n: answer for answer in answers}
-        return self._count(
-            sum(answer.prompt_tokens for answer in prompts.values()),
-            sum(answer.completion_tokens for answer in self._seen.values()),
-            sum(answer.cached_tokens for answer in prompts.values()),
-        )
-
-    def _count(self, prompt: int, completion: int, cached: int) -> dict[str, Any]:
-        return {
+        prompt = sum(answer.prompt_tokens for answer in prompts.values())
+        completion = sum(answer.completion_tokens for answer in answers)
+        cached = sum(answer.cached_tokens for answer in prompts.values())
+        reasoning = sum(self._count_reasoning(answer) for answer in answers)
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached} if self._cache_report else None,
-            "reasoning_tokens": 0,
+            "reasoning_tokens": reasoning,
         }
+        if reasoning:  # where OpenAI's clients look for it
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return usage
 
 
 class Reply:
@@ -80,11 +102,12 @@ class Reply:
         kind: str,
         answers_per_prompt: int,
         options: StreamOptions | None,
+        count_reasoning: Callable[[Answer], int] = no_reasoning,
     ) -> None:
         options = options or StreamOptions()
         self._head = {"object": kind, "created": int(time.time()), "model": model}
         self._id = ""
-        self.usage = Usage(answers_per_prompt, state.args.enable_cache_report)
+        self.usage = Usage(answers_per_prompt, state.args.enable_cache_report, count_reasoning)
         asked = options.include_usage
         self._final_usage = (
             state.args.stream_response_default_include_usage if asked is None else asked

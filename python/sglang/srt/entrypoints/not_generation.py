@@ -1,0 +1,21 @@
+"""Endpoints of models that embed, rank or classify: a model that generates refuses them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from sglang.srt.entrypoints.json_body import read_object
+from sglang.srt.errors import RequestError
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings")
+@router.post("/v1/classify")
+@router.api_route("/v1/rerank", methods=["POST", "PUT"])
+@router.api_route("/encode", methods=["POST", "PUT"])
+@router.api_route("/classify", methods=["POST", "PUT"])
+async def refuse(request: Request) -> Response:
+    await read_object(request)
+    path = request.url.path
+    raise RequestError(f"{path} needs an embedding, ranking or reward model; this one generates")

@@ -1,0 +1,1 @@
+"""The part of Ollama's API that its chat clients need."""

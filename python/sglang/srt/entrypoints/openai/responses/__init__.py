@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: turns that the server remembers."""
