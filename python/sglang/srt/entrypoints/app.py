@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from sglang.srt.entrypoints import error_forms, multiplex, native, operations
+from sglang.srt.entrypoints import error_forms, multiplex, native, openapi, operations
 from sglang.srt.entrypoints.auth import BearerAuth
 from sglang.srt.entrypoints.openai import (
     serving_chat,
@@ -36,6 +36,7 @@ def build_app(state: ServerState) -> FastAPI:
 
         app.include_router(metrics.router)
     error_forms.install(app)
+    openapi.describe(app)
     if state.args.api_key is not None:
         app.add_middleware(BearerAuth, api_key=state.args.api_key)
     app.add_middleware(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.fields import without_unsupported
+from sglang.srt.entrypoints.fields import Neutral, without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.openapi import query
 from sglang.srt.entrypoints.server_state import Phase, state_of
 from sglang.srt.errors import RequestError, SglangError
 from sglang.version import __version__
@@ -21,6 +21,7 @@ router = APIRouter()
 
 _HEALTH_LIMIT_S = 20.0
 _SECRETS = ("api_key",)
+_ABORT_NEUTRAL: Neutral = {"finished_reason": (None,), "abort_message": (None, "")}
 
 
 @router.get("/")
@@ -92,7 +93,11 @@ async def server_info(request: Request) -> Response:
     )
 
 
-@router.api_route("/flush_cache", methods=["GET", "POST"])
+@router.api_route(
+    "/flush_cache",
+    methods=["GET", "POST"],
+    openapi_extra=query("timeout", "number", "Seconds to wait for the engine to be idle."),
+)
 async def flush_cache(request: Request) -> Response:
     timeout_s = _seconds(request.query_params.get("timeout", "0"))
     reply = await state_of(request).manager.flush_cache(timeout_s)
@@ -109,8 +114,7 @@ class AbortBody(pydantic.BaseModel):
 
 @router.post("/abort_request")
 async def abort_request(request: Request) -> Response:
-    neutral: dict[str, tuple[Any, ...]] = {"finished_reason": (None,), "abort_message": (None, "")}
-    body = checked(AbortBody, without_unsupported(await read_object(request), neutral))
+    body = checked(AbortBody, without_unsupported(await read_object(request), _ABORT_NEUTRAL))
     state_of(request).manager.abort(body.rid, body.abort_all)
     return Response(status_code=200)
 

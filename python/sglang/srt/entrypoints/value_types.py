@@ -40,6 +40,8 @@ def is_batch_of_ids(value: Any) -> TypeGuard[list[list[int]]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
-OneOrManyTexts = Annotated[str | list[str], PlainValidator(_texts)]
-OneOrManyIds = Annotated[list[int] | list[list[int]], PlainValidator(_ids)]
-AnyPrompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
+_Texts = str | list[str]
+_Ids = list[int] | list[list[int]]
+OneOrManyTexts = Annotated[_Texts, PlainValidator(_texts, json_schema_input_type=_Texts)]
+OneOrManyIds = Annotated[_Ids, PlainValidator(_ids, json_schema_input_type=_Ids)]
+AnyPrompt = Annotated[_Texts | _Ids, PlainValidator(_prompt, json_schema_input_type=_Texts | _Ids)]
