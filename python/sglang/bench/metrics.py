@@ -105,16 +105,16 @@ def summarise(records: Sequence[RequestRecord], duration_s: float) -> Summary:
         tpot=Distribution.of_seconds([r.tpot_s for r in done if r.tpot_s is not None]),
         itl=Distribution.of_seconds(itls_s),
         concurrency=sum(latencies_s) / duration_s,
-        max_output_tokens_per_s=_peak_tokens_per_s(done),
+        max_output_tokens_per_s=max(tokens_by_second(done), default=0),
         max_concurrent_requests=_peak_in_flight(done),
         cached_by_turn=_cached_by_turn(done),
     )
 
 
-def _peak_tokens_per_s(done: Sequence[RequestRecord]) -> int:
-    """Most tokens in one second, the seconds being counted from the first request sent."""
+def tokens_by_second(done: Sequence[RequestRecord]) -> list[int]:
+    """Output tokens in each second, the seconds being counted from the first request sent."""
     if not done:
-        return 0
+        return []
     times_s: list[float] = []
     tokens: list[int] = []
     for record in done:
@@ -129,7 +129,22 @@ def _peak_tokens_per_s(done: Sequence[RequestRecord]) -> int:
             tokens.append(new_tokens)
     begin_s = min(record.answer.start_s for record in done)
     seconds = (np.asarray(times_s) - begin_s).astype(np.int64)
-    return int(np.bincount(seconds, weights=tokens).max())
+    return [int(count) for count in np.bincount(seconds, weights=tokens)]
+
+
+def in_flight_by_second(done: Sequence[RequestRecord]) -> list[int]:
+    """Requests in flight at some time in each second, counted as in tokens_by_second."""
+    if not done:
+        return []
+    begin_s = min(record.answer.start_s for record in done)
+    spans = [
+        (int(r.answer.start_s - begin_s), int(r.answer.start_s + r.answer.latency_s - begin_s))
+        for r in done
+    ]
+    counts = np.zeros(max(last for _, last in spans) + 1, dtype=np.int64)
+    for first, last in spans:
+        counts[first : last + 1] += 1
+    return [int(count) for count in counts]
 
 
 def _peak_in_flight(done: Sequence[RequestRecord]) -> int:
