@@ -133,28 +133,31 @@ def tokens_by_second(done: Sequence[RequestRecord]) -> list[int]:
 
 
 def in_flight_by_second(done: Sequence[RequestRecord]) -> list[int]:
-    """Requests in flight at some time in each second, counted as in tokens_by_second."""
+    """Most requests in flight at once in each second, counted as in tokens_by_second."""
     if not done:
         return []
-    begin_s = min(record.answer.start_s for record in done)
-    spans = [
-        (int(r.answer.start_s - begin_s), int(r.answer.start_s + r.answer.latency_s - begin_s))
-        for r in done
-    ]
-    counts = np.zeros(max(last for _, last in spans) + 1, dtype=np.int64)
-    for first, last in spans:
-        counts[first : last + 1] += 1
-    return [int(count) for count in counts]
+    changes = _changes(done)
+    begin_s, end_s = changes[0][0], changes[-1][0]
+    most = [0] * (int(end_s - begin_s) + 1)
+    in_flight = second = 0
+    for at_s, change in changes:
+        while second < int(at_s - begin_s):
+            second += 1
+            most[second] = in_flight
+        in_flight += change
+        most[second] = max(most[second], in_flight)
+    return most
+
+
+def _changes(done: Sequence[RequestRecord]) -> list[tuple[float, int]]:
+    """(time, 1 for a start or -1 for an end) in order; at equal times an end comes first."""
+    changes = [(record.answer.start_s, 1) for record in done]
+    changes += [(record.answer.start_s + record.answer.latency_s, -1) for record in done]
+    return sorted(changes)
 
 
 def _peak_in_flight(done: Sequence[RequestRecord]) -> int:
-    changes = [(record.answer.start_s, 1) for record in done]
-    changes += [(record.answer.start_s + record.answer.latency_s, -1) for record in done]
-    in_flight = peak = 0
-    for _, change in sorted(changes):  # at equal times an end comes before a start
-        in_flight += change
-        peak = max(peak, in_flight)
-    return peak
+    return max(in_flight_by_second(done), default=0)
 
 
 def _cached_by_turn(done: Sequence[RequestRecord]) -> tuple[TurnCache, ...] | None:
