@@ -245,10 +245,16 @@ def metrics() -> set[str]:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and _MAKES_A_METRIC.search(ast.unparse(node.func)):
-                names |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant)}
+                names |= set(map(_text_of, node.args[:1]))
             elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Tuple):
                 names |= _of_table(node)
-    return names
+    return names - {""}
+
+
+def _text_of(node: ast.expr) -> str:
+    """The text of "x" and of PREFIX + "x"; empty for anything else."""
+    node = node.right if isinstance(node, ast.BinOp) else node
+    return str(node.value) if _is_text(node) else ""
 
 
 def _of_table(node: ast.Assign | ast.AnnAssign) -> set[str]:
@@ -258,7 +264,7 @@ def _of_table(node: ast.Assign | ast.AnnAssign) -> set[str]:
         return set()
     assert isinstance(node.value, ast.Tuple)
     rows = [row.elts for row in node.value.elts if isinstance(row, ast.Tuple) and len(row.elts) > 1]
-    return {row[1].value for row in rows if isinstance(row[1], ast.Constant)}
+    return {_text_of(row[1]) for row in rows}
 
 
 def _file(module: str) -> Path | None:

@@ -14,6 +14,7 @@ from sglang.srt.entrypoints.openai import (
     serving_tokenize,
 )
 from sglang.srt.entrypoints.server_state import ServerState
+from sglang.srt.observability.http_traffic import CountTraffic, HttpTraffic
 from sglang.version import __version__
 
 
@@ -42,4 +43,7 @@ def build_app(state: ServerState) -> FastAPI:
     app.add_middleware(
         CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
     )
+    if state.args.enable_metrics:
+        app.state.traffic = HttpTraffic()
+        app.add_middleware(CountTraffic, traffic=app.state.traffic)  # sees what all others answer
     return app
