@@ -126,6 +126,7 @@ def test_a_scrape_has_the_scheduler_s_state() -> None:
         "waiting_requests": 2,
         "token_usage": 0.5,
         "retractions": 4,
+        "realtime_tokens": {"prefill_compute": 12, "decode": 5},
         "slo": attainment.snapshot(10.0),
         "pd_multiplex": {
             "prefill_busy_s": 1.5,
@@ -142,6 +143,10 @@ def test_a_scrape_has_the_scheduler_s_state() -> None:
     assert got["sglang:max_total_num_tokens",] == 1000
     assert got["sglang:num_retracted_requests_total",] == 4
     assert got["sglang:phase_busy_seconds_total", "prefill"] == 1.5
+    assert got["sglang:realtime_tokens_total", "prefill_compute"] == 12
+    assert got["sglang:realtime_tokens_total", "decode"] == 5
+    assert got["sglang:forward_execution_seconds_total", "extend"] == 1.5
+    assert ("sglang:forward_execution_seconds_total", "decode") not in got
     assert ("sglang:phase_busy_seconds_total", "decode") not in got
     assert got["sglang:partition_launches_total", "80", "false", "52"] == 7
     assert got["sglang:slo_attainment",] == 0.5

@@ -237,6 +237,7 @@ class Scheduler:
         load = self.load()
         return {
             "last_gen_throughput": self._log.gen_throughput,
+            "realtime_tokens": self._log.realtime_tokens,
             "running_requests": load.running,
             "waiting_requests": load.queued,
             "used_tokens": load.used_tokens,

@@ -52,6 +52,7 @@ _SERVER_GAUGES = (
     ("startup_s", "engine_startup_time", "Seconds from the start until requests were taken."),
 )
 _PHASES = ("prefill", "decode", "both", "fused")
+_CATEGORIES = {"extend": "prefill_busy_s", "decode": "decode_busy_s"}
 _LIMITS = {"ttft": "met_ttft", "tbt": "met_tbt", "both": "met"}
 
 
@@ -115,6 +116,12 @@ class _Snapshot(Collector):
                 yield self._counter(name, text, self._state[key])
         if self._server is not None:
             yield from self._of_server(self._server)
+        yield self._counters(
+            "realtime_tokens",
+            "Tokens, counted as they are computed or found in the prefix cache.",
+            ("mode",),
+            [((mode,), count) for mode, count in self._state.get("realtime_tokens", {}).items()],
+        )
         yield from self._of_lanes(self._state.get("pd_multiplex", {}))
         if "slo" in self._state:
             yield from self._of_slo(self._state["slo"])
@@ -197,6 +204,12 @@ class _Snapshot(Collector):
 
     def _of_lanes(self, lanes: Mapping[str, Any]) -> Iterator[Metric]:
         busy_s = [((phase,), lanes.get(f"{phase}_busy_s")) for phase in _PHASES]
+        yield self._counters(
+            "forward_execution_seconds",
+            "Time in which work of a phase was in progress.",
+            ("category",),
+            [((category,), lanes[key]) for category, key in _CATEGORIES.items() if key in lanes],
+        )
         yield self._counters(
             "phase_busy_seconds",
             "Time in which work of a phase was in progress; of both at once; of fused steps.",
