@@ -14,6 +14,7 @@ from compat_surface import (
     body,
     export,
     metrics,
+    only_raises,
     parameters,
     program_state,
     read,
@@ -252,7 +253,7 @@ def _frontend(upstream: Mapping[str, Any]) -> Family:
     entries = []
     for name, wanted in upstream["frontend"].items():
         found = export(name)
-        if found is None:
+        if found is None or only_raises(found):
             entries.append(Entry(name, NOT_YET))
         else:
             entries.append(_judged(name, _of_signature(found, wanted)))
@@ -273,7 +274,7 @@ def _methods(key: str, title: str, owner: Any, wanted: Mapping[str, list[str] | 
     entries = []
     for name, parameters_of in wanted.items():
         method = getattr(owner, name, None) if owner is not None else None
-        if method is None:
+        if method is None or only_raises(method):
             entries.append(Entry(name, NOT_YET))
         else:
             entries.append(_judged(name, _of_signature(method, parameters_of)))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, TypeGuard, cast
+from typing import Any, NoReturn, TypeGuard, cast
 
 from fastapi import FastAPI
 
@@ -214,6 +214,11 @@ def parameters(function: Callable[..., Any]) -> list[str] | None:
         return None
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return [stars.get(parameter.kind, "") + parameter.name for parameter in found]
+
+
+def only_raises(function: Callable[..., Any]) -> bool:
+    """Declared to return never: there so that its error can say why it is not here."""
+    return getattr(function, "__annotations__", {}).get("return") in ("NoReturn", NoReturn)
 
 
 @cache

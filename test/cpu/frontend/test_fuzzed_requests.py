@@ -11,7 +11,6 @@ from random import Random
 from typing import Any
 
 import httpx
-import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings, strategies
@@ -115,6 +114,17 @@ def drive(operation: Any, mode: schemathesis.GenerationMode) -> list[str]:
     return list(complaints.values())
 
 
+def with_every_method(client: httpx.Client, path: str) -> list[str]:
+    """Complaints about requests without a body, whatever the method."""
+    complaints = []
+    url = path.replace("{", "").replace("}", "")
+    for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"):
+        answer = client.request(method, url, timeout=HANGS_S)
+        if answer.status_code >= 500 and answer.status_code != 503:
+            complaints.append(f"{method} {url} HTTP {answer.status_code}: {answer.text[:300]}")
+    return complaints
+
+
 def test_no_request_that_the_document_describes_or_forbids_breaks_the_server(serve: Serve) -> None:
     with serve(**FLAGS) as served:
         document = served.client.get("/openapi.json").json()
@@ -127,8 +137,8 @@ def test_no_request_that_the_document_describes_or_forbids_breaks_the_server(ser
             operation = list(operations(document, served.url))[number]
             for mode in schemathesis.GenerationMode:
                 complaints += [f"{operation.label} {text}" for text in drive(operation, mode)]
-            if served.client.get("/ping").status_code == 200:
-                assert served.client.get("/health").status_code == 200, operation.label
+            complaints += with_every_method(served.client, operation.path)
+            assert served.client.get("/v1/models").status_code == 200, operation.label
     assert not complaints, "\n".join(complaints)
 
 
@@ -147,15 +157,6 @@ def test_every_body_is_described(serve: Serve) -> None:
     body = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
     assert {"text", "sampling_params", "image_data", "no_logs"} <= set(body["schema"]["properties"])
     assert body["schema"]["additionalProperties"] is False
-
-
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"])
-def test_no_method_on_any_path_breaks_the_server(serve: Serve, method: str) -> None:
-    with serve(**FLAGS) as served:
-        for path in served.client.get("/openapi.json").json()["paths"]:
-            url = path.replace("{", "").replace("}", "")
-            answer = served.client.request(method, url, timeout=httpx.Timeout(HANGS_S))
-            assert answer.status_code < 500 or answer.status_code == 503, (method, path)
 
 
 def test_no_texts_have_no_tokens(server: Any) -> None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard, get_type_hints
 
 import msgspec
 import pydantic
@@ -22,6 +22,7 @@ from fastapi.openapi.utils import get_openapi
 
 from sglang.srt.entrypoints.fields import Neutral
 from sglang.srt.entrypoints.json_body import read_object
+from sglang.srt.entrypoints.server_state import ServerState
 from sglang.srt.sampling_params import SamplingParams
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -156,20 +157,39 @@ def _request_body(
     return {"required": True, "content": {"application/json": {"schema": schema}}}
 
 
-def _names(endpoint: Callable[..., Any], depth: int = 2) -> Iterator[Any]:
-    """Module-level values that the code of a function names, nearest first."""
-    if not isinstance(endpoint, FunctionType):
-        return
+def _names(endpoint: Any, depth: int = 3) -> Iterator[Any]:
+    """Module-level values that the code of a function names, or of a class's, nearest first."""
+    if isinstance(endpoint, type):
+        functions = [part for part in vars(endpoint).values() if isinstance(part, FunctionType)]
+    else:
+        functions = [endpoint] if isinstance(endpoint, FunctionType) else []
     values = [
-        endpoint.__globals__[name]
-        for name in endpoint.__code__.co_names
-        if name in endpoint.__globals__
+        function.__globals__[name]
+        for function in functions
+        for name in function.__code__.co_names
+        if name in function.__globals__
     ]
     yield from values
     if depth > 1:
-        for value in values:
-            if isinstance(value, FunctionType) and value.__module__.startswith(_HERE):
+        for value in (*values, *_methods_of_state(functions)):
+            if _is_ours(value):
                 yield from _names(value, depth - 1)
+
+
+def _methods_of_state(functions: Iterable[FunctionType]) -> Iterator[FunctionType]:
+    """What `state.part.method` stands for in them."""
+    parts = get_type_hints(ServerState)
+    for function in functions:
+        names = function.__code__.co_names
+        for owner in (parts[name] for name in names if name in parts):
+            yield from (m for m in (getattr(owner, n, None) for n in names) if _is_ours(m))
+
+
+def _is_ours(value: Any) -> TypeGuard[FunctionType]:
+    """A function or class of the HTTP layer, but no body."""
+    if not isinstance(value, FunctionType | type) or not value.__module__.startswith(_HERE):
+        return False
+    return isinstance(value, FunctionType) or not issubclass(value, pydantic.BaseModel)
 
 
 def _sampling_schema() -> dict[str, Any]:
