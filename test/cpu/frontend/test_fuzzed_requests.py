@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.openapi import body_of, handlers, reads_json
 
-EXAMPLES = 20  # of requests that fit the document, and as many that do not
+EXAMPLES = 12  # of requests that fit the document, and as many that do not
 HANGS_S = 10
 FLAGS = {"enable_metrics": True}
 
@@ -114,14 +114,18 @@ def drive(operation: Any, mode: schemathesis.GenerationMode) -> list[str]:
     return list(complaints.values())
 
 
-def with_every_method(client: httpx.Client, path: str) -> list[str]:
+def with_every_method(base_url: str, path: str) -> list[str]:
     """Complaints about requests without a body, whatever the method."""
     complaints = []
-    url = path.replace("{", "").replace("}", "")
+    url = base_url + path.replace("{", "").replace("}", "")
     for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"):
-        answer = client.request(method, url, timeout=HANGS_S)
+        try:  # on a connection of its own, for one is closed behind a failure
+            answer = httpx.request(method, url, timeout=HANGS_S)
+        except httpx.TransportError as error:
+            complaints.append(f"{method} {path} {type(error).__name__}")
+            continue
         if answer.status_code >= 500 and answer.status_code != 503:
-            complaints.append(f"{method} {url} HTTP {answer.status_code}: {answer.text[:300]}")
+            complaints.append(f"{method} {path} HTTP {answer.status_code}: {answer.text[:300]}")
     return complaints
 
 
@@ -137,8 +141,8 @@ def test_no_request_that_the_document_describes_or_forbids_breaks_the_server(ser
             operation = list(operations(document, served.url))[number]
             for mode in schemathesis.GenerationMode:
                 complaints += [f"{operation.label} {text}" for text in drive(operation, mode)]
-            complaints += with_every_method(served.client, operation.path)
-            assert served.client.get("/v1/models").status_code == 200, operation.label
+            complaints += with_every_method(served.url, operation.path)
+            assert httpx.get(f"{served.url}/v1/models").status_code == 200, operation.label
     assert not complaints, "\n".join(complaints)
 
 
