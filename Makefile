@@ -27,8 +27,8 @@ help:
 	@echo "make test-memcheck  the kernels' tests under NVIDIA's compute-sanitizer"
 	@echo "make bench      load a running server; ARGS='flags of sglang.bench_serving'"
 	@echo "make bench-batch  time batches without a server; MODEL=path ARGS='--decode 8x1024 ...'"
-	@echo "make check      lint, format, types, and whether docs/flags.md is up to date"
-	@echo "make docs       write docs/flags.md from the flags' declarations"
+	@echo "make check      lint, format, types, and whether the generated pages are up to date"
+	@echo "make docs       write docs/flags.md and docs/compatibility.md from the code"
 	@echo "make install    make .venv with everything for the above; TORCH='torch==X --index-url ...'"
 	@echo "make clean      remove caches and build output; .venv stays"
 	@echo
@@ -71,9 +71,11 @@ check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy drift_scheduler python/sglang sgl-kernel/sgl_kernel benchmark
 	$(PYTHON) docs/generate_flags.py --check
+	$(PYTHON) docs/generate_compatibility.py --check
 
 docs: $(READY)
 	$(PYTHON) docs/generate_flags.py
+	$(PYTHON) docs/generate_compatibility.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

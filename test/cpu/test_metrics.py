@@ -12,7 +12,8 @@ from drift_scheduler.slo import Slo
 from sglang.srt.managers.answers import Answer
 from sglang.srt.managers.prompts import TokenizedPrompt
 from sglang.srt.messages import FinishReason
-from sglang.srt.observability.prometheus import exposition
+from sglang.srt.observability.http_traffic import HttpTraffic
+from sglang.srt.observability.prometheus import ServerFacts, exposition
 from sglang.srt.observability.request_metrics import Histogram, RequestMetrics
 from sglang.srt.sampling_params import SamplingParams
 from sglang.srt.service_levels import NOTHING_ASKED, OWN_REQUEST, ServiceLevel
@@ -39,10 +40,15 @@ def news(
 
 
 def scrape(
-    metrics: RequestMetrics, state: dict[str, Any] | None = None, info: dict[str, Any] | None = None
+    metrics: RequestMetrics,
+    state: dict[str, Any] | None = None,
+    info: dict[str, Any] | None = None,
+    server: ServerFacts | None = None,
 ) -> dict[tuple[str, ...], float]:
     """(name, label values but the model's in order of the labels' names) -> value."""
-    body, content_type = exposition(metrics, state or {}, info or {}, model_name="m", accept="")
+    body, content_type = exposition(
+        metrics, state or {}, info or {}, model_name="m", accept="", server=server
+    )
     assert content_type.startswith("text/plain")
     samples = {}
     for family in text_string_to_metric_families(body.decode()):
@@ -120,6 +126,7 @@ def test_a_scrape_has_the_scheduler_s_state() -> None:
         "waiting_requests": 2,
         "token_usage": 0.5,
         "retractions": 4,
+        "realtime_tokens": {"prefill_compute": 12, "decode": 5},
         "slo": attainment.snapshot(10.0),
         "pd_multiplex": {
             "prefill_busy_s": 1.5,
@@ -134,8 +141,12 @@ def test_a_scrape_has_the_scheduler_s_state() -> None:
     assert got["sglang:num_queue_reqs",] == 2
     assert got["sglang:token_usage",] == 0.5
     assert got["sglang:max_total_num_tokens",] == 1000
-    assert got["sglang:num_retractions_total",] == 4
+    assert got["sglang:num_retracted_requests_total",] == 4
     assert got["sglang:phase_busy_seconds_total", "prefill"] == 1.5
+    assert got["sglang:realtime_tokens_total", "prefill_compute"] == 12
+    assert got["sglang:realtime_tokens_total", "decode"] == 5
+    assert got["sglang:forward_execution_seconds_total", "extend"] == 1.5
+    assert ("sglang:forward_execution_seconds_total", "decode") not in got
     assert ("sglang:phase_busy_seconds_total", "decode") not in got
     assert got["sglang:partition_launches_total", "80", "false", "52"] == 7
     assert got["sglang:slo_attainment",] == 0.5
@@ -145,6 +156,43 @@ def test_a_scrape_has_the_scheduler_s_state() -> None:
     assert got["sglang:slo_met_requests_total", "tbt", "chat"] == 1
     assert got["sglang:slo_met_requests_total", "both", "default"] == 1
     assert got["sglang:slo_shed_requests_total", "chat"] == 1
+
+
+def test_a_scrape_has_what_the_server_is_and_was_asked() -> None:
+    traffic = HttpTraffic()
+    traffic.requests["/generate", "POST"] = 3
+    traffic.responses["/generate", "400", "POST"] = 1
+    traffic.active["POST"] = 2
+    cpu_s = {"tokenizer": 1.5, "scheduler": 9.0}
+    facts = ServerFacts(512, 4, 250, None, cpu_s, traffic)
+    state = {"available_tokens": 70, "evictable_tokens": 20, "used_tokens": 10, "token_usage": 0.1}
+    got = scrape(RequestMetrics(), {**state, "evicted_tokens": 5}, server=facts)
+    assert got["sglang:context_len",] == 512
+    assert (got["sglang:page_size",], got["sglang:num_pages",]) == (4, 250)
+    assert ("sglang:engine_startup_time",) not in got
+    assert got["sglang:process_cpu_seconds_total", "scheduler"] == 9.0
+    assert got["sglang:http_requests_total", "/generate", "POST"] == 3
+    assert got["sglang:http_responses_total", "/generate", "POST", "400"] == 1
+    assert got["sglang:http_requests_active", "POST"] == 2
+    assert got["sglang:kv_available_tokens",] == 70
+    assert got["sglang:kv_evictable_tokens",] == 20
+    assert got["sglang:kv_used_tokens",] == 10
+    assert got["sglang:full_token_usage",] == 0.1
+    assert got["sglang:evicted_tokens_total",] == 5
+
+
+def test_lengths_of_requests_are_counted_when_they_end() -> None:
+    metrics, one = RequestMetrics(), answer()
+    news(metrics, one, 100.1, 20)
+    assert ("sglang:prompt_tokens_histogram_count",) in scrape(metrics)
+    assert scrape(metrics)["sglang:prompt_tokens_histogram_count",] == 0
+    news(metrics, one, 100.2, 0, STOP)
+    got = scrape(metrics)
+    assert got["sglang:prompt_tokens_histogram_sum",] == 10
+    assert got["sglang:uncached_prompt_tokens_histogram_sum",] == 6
+    assert got["sglang:generation_tokens_histogram_sum",] == 20
+    assert got["sglang:generation_tokens_histogram_bucket", "16.0"] == 0
+    assert got["sglang:generation_tokens_histogram_bucket", "32.0"] == 1
 
 
 def test_a_scrape_leaves_out_what_nobody_tells() -> None:

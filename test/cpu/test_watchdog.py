@@ -137,6 +137,14 @@ def test_the_decode_line_comes_every_interval_with_its_throughput(clock, caplog)
     assert log.gen_throughput == pytest.approx(12.0)
 
 
+def test_tokens_are_counted_as_they_come(clock):
+    log = SchedulerLog(40, clock)
+    log.prefill(seqs=2, new_tokens=100, cached_tokens=50, load=LOAD)
+    for _ in range(3):
+        log.decode(requests=6, load=lambda: LOAD)
+    assert log.realtime_tokens == {"prefill_compute": 100, "prefill_cache": 50, "decode": 18}
+
+
 def test_the_decode_line_tells_of_service_levels_once_one_is_asked_for(clock, caplog):
     caplog.set_level(logging.INFO)
     log = SchedulerLog(1, clock)

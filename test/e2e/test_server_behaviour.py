@@ -278,3 +278,5 @@ def test_service_levels_are_kept_account_of(client: Any, eventually: Callable[..
     scraped = client.http.get("/metrics").text
     assert "sglang:slo_goodput{" in scraped
     assert 'sglang:phase_busy_seconds_total{model_name="' in scraped
+    for told in ('process_cpu_seconds_total{component="scheduler"', "realtime_tokens_total{mode="):
+        assert f"sglang:{told}" in scraped

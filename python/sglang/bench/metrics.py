@@ -105,16 +105,16 @@ def summarise(records: Sequence[RequestRecord], duration_s: float) -> Summary:
         tpot=Distribution.of_seconds([r.tpot_s for r in done if r.tpot_s is not None]),
         itl=Distribution.of_seconds(itls_s),
         concurrency=sum(latencies_s) / duration_s,
-        max_output_tokens_per_s=_peak_tokens_per_s(done),
+        max_output_tokens_per_s=max(tokens_by_second(done), default=0),
         max_concurrent_requests=_peak_in_flight(done),
         cached_by_turn=_cached_by_turn(done),
     )
 
 
-def _peak_tokens_per_s(done: Sequence[RequestRecord]) -> int:
-    """Most tokens in one second, the seconds being counted from the first request sent."""
+def tokens_by_second(done: Sequence[RequestRecord]) -> list[int]:
+    """Output tokens in each second, the seconds being counted from the first request sent."""
     if not done:
-        return 0
+        return []
     times_s: list[float] = []
     tokens: list[int] = []
     for record in done:
@@ -129,17 +129,35 @@ def _peak_tokens_per_s(done: Sequence[RequestRecord]) -> int:
             tokens.append(new_tokens)
     begin_s = min(record.answer.start_s for record in done)
     seconds = (np.asarray(times_s) - begin_s).astype(np.int64)
-    return int(np.bincount(seconds, weights=tokens).max())
+    return [int(count) for count in np.bincount(seconds, weights=tokens)]
+
+
+def in_flight_by_second(done: Sequence[RequestRecord]) -> list[int]:
+    """Most requests in flight at once in each second, counted as in tokens_by_second."""
+    if not done:
+        return []
+    changes = _changes(done)
+    begin_s, end_s = changes[0][0], changes[-1][0]
+    most = [0] * (int(end_s - begin_s) + 1)
+    in_flight = second = 0
+    for at_s, change in changes:
+        while second < int(at_s - begin_s):
+            second += 1
+            most[second] = in_flight
+        in_flight += change
+        most[second] = max(most[second], in_flight)
+    return most
+
+
+def _changes(done: Sequence[RequestRecord]) -> list[tuple[float, int]]:
+    """(time, 1 for a start or -1 for an end) in order; at equal times an end comes first."""
+    changes = [(record.answer.start_s, 1) for record in done]
+    changes += [(record.answer.start_s + record.answer.latency_s, -1) for record in done]
+    return sorted(changes)
 
 
 def _peak_in_flight(done: Sequence[RequestRecord]) -> int:
-    changes = [(record.answer.start_s, 1) for record in done]
-    changes += [(record.answer.start_s + record.answer.latency_s, -1) for record in done]
-    in_flight = peak = 0
-    for _, change in sorted(changes):  # at equal times an end comes before a start
-        in_flight += change
-        peak = max(peak, in_flight)
-    return peak
+    return max(in_flight_by_second(done), default=0)
 
 
 def _cached_by_turn(done: Sequence[RequestRecord]) -> tuple[TurnCache, ...] | None:

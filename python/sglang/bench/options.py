@@ -23,7 +23,8 @@ class SharedPrefixOptions:
     """`generated-shared-prefix`: groups of prompts with one system prompt a group.
 
     Lengths are in tokens and drawn like those of RandomOptions. zipf_alpha is set exactly when
-    prompts are spread over the groups by Zipf's law rather than evenly.
+    prompts are spread over the groups by Zipf's law rather than evenly. send_routing_key: requests
+    name their group, for a router that keeps a group on one server.
     """
 
     num_groups: int
@@ -35,6 +36,7 @@ class SharedPrefixOptions:
     num_turns: int
     ordered: bool
     zipf_alpha: float | None
+    send_routing_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class MooncakeOptions:
     max_input_len: rows with a longer prompt are left out. duration_s: only rows of this first
     part of the trace, in the trace's own time. slowdown_factor stretches the timestamps; 2 is
     half the load. spread_batches: rows that share a timestamp are spread up to the next one.
-    min_turns: above 1, only whole conversations of at least so many rows.
+    min_turns: above 1, only whole conversations of at least so many rows. num_rounds: turns of
+    each row's conversation. workload: which trace of a folder.
     """
 
     max_input_len: int | None
@@ -52,20 +55,56 @@ class MooncakeOptions:
     duration_s: float | None
     slowdown_factor: float
     spread_batches: bool
+    num_rounds: int = 1
+    workload: str = "conversation"
 
 
 @dataclass(frozen=True, slots=True)
 class TextFileOptions:
-    """`sharegpt`, `custom` and `mt-bench`: prompts from a file.
+    """Prompts from a file.
 
-    output_len: tokens asked for; None takes the length of the answer in the file.
+    output_len: tokens asked for; None takes what the file says, or the data set's own number.
     context_len: conversations longer than this (prompt and answer) are left out.
+    prompt_suffix: put behind every prompt of `sharegpt` and `custom`.
+    offset: the row to begin with; the rows before it come last. max_turns: of `agentic-trace`.
     """
 
     output_len: int | None
     context_len: int | None
     apply_chat_template: bool
     mt_bench_output_len: int
+    prompt_suffix: str = ""
+    offset: int = 0
+    max_turns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobOptions:
+    """What /generate is to return beside the tokens, under its own names for it."""
+
+    start_len: int
+    top_num: int
+    token_ids: tuple[int, ...]
+
+    def as_body(self) -> dict[str, Any]:
+        body = {
+            "return_logprob": True,
+            "logprob_start_len": self.start_len,
+            "top_logprobs_num": self.top_num,
+        }
+        return body | ({"token_ids_logprob": list(self.token_ids)} if self.token_ids else {})
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileOptions:
+    """Servers whose profilers run during the measurement, and the body they are started with.
+
+    stops_itself: after a number of steps; nobody has to tell it.
+    """
+
+    urls: tuple[str, ...]
+    body: Mapping[str, Any]
+    stops_itself: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +145,8 @@ class BenchOptions:
     temperature: float
     top_p: float
     extra_body: Mapping[str, Any]
+    logprobs: LogprobOptions | None
+    profile: ProfileOptions | None
 
     warmup_requests: int
     flush_cache: bool
@@ -116,6 +157,8 @@ class BenchOptions:
     output_file: str | None
     output_details: bool
     show_progress: bool
+    print_requests: bool
+    plot_throughput: bool
     tag: str | None
 
     @property
@@ -127,8 +170,14 @@ class BenchOptions:
     def speaks_chat(self) -> bool:
         return self.backend in CHAT_BACKENDS
 
+    @property
+    def embeds(self) -> bool:
+        """The backend answers with vectors: there are no tokens to time."""
+        return self.backend in EMBEDDING_BACKENDS
+
 
 NATIVE_BACKENDS = ("sglang", "sglang-native")
-COMPLETION_BACKENDS = ("sglang-oai", "vllm")
-CHAT_BACKENDS = ("sglang-oai-chat", "vllm-chat")
-BACKENDS = NATIVE_BACKENDS + COMPLETION_BACKENDS + CHAT_BACKENDS
+COMPLETION_BACKENDS = ("sglang-oai", "vllm", "lmdeploy")
+CHAT_BACKENDS = ("sglang-oai-chat", "vllm-chat", "lmdeploy-chat")
+EMBEDDING_BACKENDS = ("sglang-embedding", "vllm-embedding")
+BACKENDS = NATIVE_BACKENDS + COMPLETION_BACKENDS + CHAT_BACKENDS + EMBEDDING_BACKENDS

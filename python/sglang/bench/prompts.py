@@ -9,7 +9,7 @@ import orjson
 
 from sglang.bench.errors import BenchError
 from sglang.bench.tokenizer import Tokenizer
-from sglang.bench.workload import Prompt, TokenIds
+from sglang.bench.workload import TokenIds
 
 
 class PromptMaker:
@@ -49,18 +49,22 @@ class PromptMaker:
         """[count] ordinary token ids."""
         return rng.choice(self.ordinary_ids, size=count)
 
-    def from_ids(self, *parts: TokenIds) -> Prompt:
+    def from_ids(self, *parts: TokenIds) -> str | TokenIds:
         """Parts are decoded one by one, so equal leading parts are equal leading text."""
         if self._send_ids:
             return np.concatenate(parts).astype(np.int32, copy=False)
         return "".join(self.tokenizer.decode(part.tolist()) for part in parts)
 
-    def from_text(self, text: str) -> Prompt:
+    def from_text(self, text: str) -> str | TokenIds:
         """Text travels as text unless ids are asked for and can be made."""
         if not self._send_ids or self._tokenizer is None:
             return text
         ids = self._tokenizer.encode(text, add_special_tokens=True)
         return np.asarray(ids, dtype=np.int32)
+
+    def encode(self, text: str) -> TokenIds:
+        """[tokens] i32 of the text, special ones not added."""
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     def count(self, text: str) -> int:
         """Tokens of the text, special ones not added."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import orjson
+
 from sglang.bench.goodput import Goodput
 from sglang.bench.metrics import Distribution, Summary
 from sglang.bench.options import BenchOptions
+from sglang.bench.records import RequestRecord
 from sglang.bench.runner import LoadRun
 
 _WIDTH = 56
@@ -64,6 +67,22 @@ def render(
     lines += _cache_rows(options, summary)
     lines.append("=" * _WIDTH)
     return "\n".join(lines)
+
+
+def request_line(record: RequestRecord) -> str:
+    """What --print-requests says of a request, as JSON."""
+    answer = record.answer
+    fields = {
+        "conversation": record.conversation,
+        "turn": record.turn,
+        "prompt_tokens": record.prompt_tokens,
+        "output_tokens": answer.output_tokens,
+        "ttft_s": answer.ttft_s,
+        "latency_s": answer.latency_s,
+        "text": answer.text,
+        "error": answer.error,
+    }
+    return orjson.dumps(fields).decode()
 
 
 def render_failures(run: LoadRun) -> str:

@@ -1,4 +1,4 @@
-"""The calls around the load: readiness, names, cache flush, server state."""
+"""The calls around the load: readiness, names, cache flush, profiler, server state."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import aiohttp
 import orjson
 
 from sglang.bench.errors import BenchError
+from sglang.bench.options import ProfileOptions
 
 _CALL_TIMEOUT = aiohttp.ClientTimeout(total=10)
+_PROFILE_TIMEOUT = aiohttp.ClientTimeout(total=300)  # a trace of minutes takes long to write
 _POLL_S = 0.5
 
 
@@ -59,6 +61,28 @@ class ServerControl:
                     raise BenchError(f"--flush-cache: HTTP {response.status}: {text}")
         except (aiohttp.ClientError, TimeoutError) as error:
             raise BenchError(f"--flush-cache: {type(error).__name__}: {error}") from error
+
+    async def start_profile(self, profile: ProfileOptions) -> None:
+        """Starts the profiler of each server. Raises BenchError if one does not start."""
+        for url in profile.urls:
+            await self._profile_call(f"{url}/start_profile", dict(profile.body))
+
+    async def stop_profile(self, profile: ProfileOptions) -> None:
+        """Ends what start_profile began, unless it ends by itself. Raises BenchError."""
+        if not profile.stops_itself:
+            for url in profile.urls:
+                await self._profile_call(f"{url}/stop_profile", {})
+
+    async def _profile_call(self, url: str, body: dict[str, Any]) -> None:
+        try:
+            async with self._http.post(
+                url, data=orjson.dumps(body), timeout=_PROFILE_TIMEOUT
+            ) as response:
+                if response.status != 200:
+                    text = await response.text(errors="replace")
+                    raise BenchError(f"--profile: {url}: HTTP {response.status}: {text[:500]}")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise BenchError(f"--profile: {url}: {type(error).__name__}: {error}") from error
 
     async def _get(self, path: str) -> dict[str, Any]:
         async with self._http.get(self._base_url + path, timeout=_CALL_TIMEOUT) as response:

@@ -21,10 +21,11 @@ from sglang.bench.clients.base import Client
 from sglang.bench.datasets import load_conversations
 from sglang.bench.errors import BenchError
 from sglang.bench.metrics import summarise
-from sglang.bench.options import BenchOptions
+from sglang.bench.options import BenchOptions, ProfileOptions
+from sglang.bench.plot import throughput_chart
 from sglang.bench.prompts import PromptMaker, ordinary_ids_of, vocab_size_of_config
 from sglang.bench.records import RequestRecord
-from sglang.bench.report import render, render_failures
+from sglang.bench.report import render, render_failures, request_line
 from sglang.bench.result_file import accept_length, append_result, result_of
 from sglang.bench.runner import LoadRun, run_load
 from sglang.bench.server import ServerControl
@@ -69,7 +70,11 @@ async def run_benchmark(options: BenchOptions) -> int:
         await _warm_up(client, conversations[0], options.warmup_requests)
         if options.flush_cache:
             await server.flush_cache(options.flush_cache_timeout_s)
+        if options.profile is not None:
+            await server.start_profile(options.profile)
         run = await _measure(options, conversations, arrivals_s, client)
+        if options.profile is not None:
+            await _stop_profile(server, options.profile)
         server_info = await server.server_info()
     return _report(options, run, tokenizer, server_info)
 
@@ -115,6 +120,14 @@ async def _warm_up(client: Client, conversation: Conversation, requests: int) ->
             raise BenchError(f"the warm-up request failed: {answer.error}")
 
 
+async def _stop_profile(server: ServerControl, profile: ProfileOptions) -> None:
+    """What was measured is worth its report even if no trace came of it."""
+    try:
+        await server.stop_profile(profile)
+    except BenchError as error:
+        print(error, file=sys.stderr)
+
+
 async def _measure(
     options: BenchOptions,
     conversations: Sequence[Conversation],
@@ -122,7 +135,7 @@ async def _measure(
     client: Client,
 ) -> LoadRun:
     total = sum(len(conversation.turns) for conversation in conversations)
-    with _stop_on_interrupt() as stop, _progress(options.show_progress, total) as advance:
+    with _stop_on_interrupt() as stop, _progress(options, total) as advance:
         return await run_load(
             conversations,
             arrivals_s,
@@ -156,6 +169,8 @@ def _report(
             accept_length=accept_length(server_info),
         )
     )
+    if options.plot_throughput:
+        print(throughput_chart(run.records))
     failures = render_failures(run)
     if failures:
         print(failures, file=sys.stderr)
@@ -198,12 +213,14 @@ def _stop_on_interrupt() -> Iterator[asyncio.Event]:
 
 
 @contextmanager
-def _progress(show: bool, total: int) -> Iterator[Callable[[RequestRecord], None]]:
+def _progress(options: BenchOptions, total: int) -> Iterator[Callable[[RequestRecord], None]]:
     from tqdm import tqdm
 
-    with tqdm(total=total, disable=not show, unit="req") as bar:
+    with tqdm(total=total, disable=not options.show_progress, unit="req") as bar:
 
         def advance(record: RequestRecord) -> None:
             bar.update()
+            if options.print_requests:
+                bar.write(request_line(record))
 
         yield advance

@@ -1,4 +1,4 @@
-"""Flags of SGLang's bench_serving that this one knows but cannot honour: errors, never ignored."""
+"""What SGLang's bench_serving has and this one has not: errors that say so, never ignored."""
 
 from __future__ import annotations
 
@@ -6,45 +6,35 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+_LORA = "LoRA adapters are not supported"
+_IMAGES = "image data sets are not supported"
+_SPEED_BENCH = "the speed-bench data set is not supported"
+
 UNSUPPORTED_FLAGS: dict[str, str] = {
-    "--dataset-offset": "cut the file instead",
-    "--agentic-max-turns": "the agentic-trace data set is not supported",
-    "--speed-bench-category": "the speed-bench data set is not supported",
-    "--speed-bench-output-len": "the speed-bench data set is not supported",
-    "--image-count": "image data sets are not supported",
-    "--image-resolution": "image data sets are not supported",
-    "--random-image-count": "image data sets are not supported",
-    "--image-format": "image data sets are not supported",
-    "--image-content": "image data sets are not supported",
-    "--print-requests": "use --output-details",
-    "--return-logprob": "put it in --extra-request-body",
-    "--top-logprobs-num": "put it in --extra-request-body",
-    "--token-ids-logprob": "put it in --extra-request-body",
-    "--logprob-start-len": "put it in --extra-request-body",
-    "--return-routed-experts": "not supported by this server",
-    "--profile": "profiling is not supported yet",
-    "--profile-activities": "profiling is not supported yet",
-    "--profile-start-step": "profiling is not supported yet",
-    "--profile-steps": "profiling is not supported yet",
-    "--profile-num-steps": "profiling is not supported yet",
-    "--profile-by-stage": "profiling is not supported yet",
-    "--profile-stages": "profiling is not supported yet",
-    "--profile-output-dir": "profiling is not supported yet",
-    "--profile-prefix": "profiling is not supported yet",
-    "--profile-prefill-url": "profiling is not supported yet",
-    "--profile-decode-url": "profiling is not supported yet",
-    "--pd-separated": "profiling is not supported yet",
-    "--plot-throughput": "plot from the file of --output-details",
-    "--lora-name": "LoRA adapters are not supported",
-    "--lora-request-distribution": "LoRA adapters are not supported",
-    "--lora-zipf-alpha": "LoRA adapters are not supported",
-    "--prompt-suffix": "not supported",
-    "--gsp-fast-prepare": "not needed: preparation counts no tokens",
-    "--gsp-send-routing-key": "not supported",
-    "--mooncake-num-rounds": "repeat rows in the trace instead",
-    "--mooncake-workload": "nothing is downloaded; give the trace's file with --dataset-path",
-    "--fake-prefill": "not supported",
-    "--rust-client": "not supported",
+    "--speed-bench-category": _SPEED_BENCH,
+    "--speed-bench-output-len": _SPEED_BENCH,
+    "--image-count": _IMAGES,
+    "--image-resolution": _IMAGES,
+    "--random-image-count": _IMAGES,
+    "--image-format": _IMAGES,
+    "--image-content": _IMAGES,
+    "--return-routed-experts": "models with experts are not supported",
+    "--lora-name": _LORA,
+    "--lora-request-distribution": _LORA,
+    "--lora-zipf-alpha": _LORA,
+    "--fake-prefill": "prefill and decode are not in servers of their own",
+    "--rust-client": "the client is in Python",
+}
+UNSUPPORTED_DATASETS: dict[str, str] = {
+    "autobench": "write its rows as openai ones",
+    "image": _IMAGES,
+    "mmmu": _IMAGES,
+    "speed-bench": _SPEED_BENCH,
+}
+UNSUPPORTED_BACKENDS: dict[str, str] = {
+    "trt": "its wire format is not spoken here",
+    "truss": "its wire format is not spoken here",
+    "gserver": "SGLang's has none either",
 }
 
 
@@ -65,3 +55,13 @@ def add_unsupported_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, action=_Refuse, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+
+
+def refuse_unsupported(parser: argparse.ArgumentParser, backend: str, dataset: str) -> None:
+    """Leaves with an error for a --backend or --dataset-name that only SGLang has."""
+    for flag, value, reasons in (
+        ("--backend", backend, UNSUPPORTED_BACKENDS),
+        ("--dataset-name", dataset, UNSUPPORTED_DATASETS),
+    ):
+        if value in reasons:
+            parser.error(f"{flag} {value} is not available here: {reasons[value]}")

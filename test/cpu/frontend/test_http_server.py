@@ -645,14 +645,40 @@ class TestMetrics:
         assert f'sglang:generation_tokens_total{{model_name="smollm2"}} {float(count)}' in lines
         assert 'sglang:max_total_num_tokens{model_name="smollm2"} 1000.0' in lines
 
+    def test_requests_are_counted_by_route_and_answer(self, serve: Any) -> None:
+        with serve(enable_metrics=True) as served:
+            served.engine.says_forever("on ")
+            served.client.get("/v1/models/some/name")
+            served.client.get("/no/such/path")
+            served.client.post("/generate", json={})
+            body = {"text": "Hi", "stream": True, "sampling_params": {"max_new_tokens": None}}
+            with served.client.stream("POST", "/generate", json=body) as response:
+                stream = response.iter_lines()  # kept: its end would end the request
+                next(stream)
+                scraped = served.client.get("/metrics").text
+            until(lambda: served.state.manager.in_flight == 0)
+        lines = scraped.replace(',model_name="smollm2"', "").splitlines()
+        model = "/v1/models/{model_id:path}"
+        for line in (
+            f'responses_total{{endpoint="{model}",method="GET",status_code="404"}} 1.0',
+            'responses_total{endpoint="Unknown",method="GET",status_code="404"} 1.0',
+            'responses_total{endpoint="/generate",method="POST",status_code="400"} 1.0',
+            'responses_total{endpoint="/generate",method="POST",status_code="200"} 1.0',
+            'requests_total{endpoint="/generate",method="POST"} 2.0',
+            'requests_active{method="POST"} 1.0',
+        ):
+            assert f"sglang:http_{line}" in lines, scraped
+        assert 'sglang:context_len{model_name="smollm2"} 512.0' in lines
+        assert 'sglang:num_pages{model_name="smollm2"} 1000.0' in lines
+        assert 'sglang:process_cpu_seconds_total{component="tokenizer"' in scraped
+
     def test_a_client_that_leaves_is_counted(self, serve: Any) -> None:
         with serve(enable_metrics=True) as served:
             served.engine.says_forever("on ")
             body = {"text": "Hi", "stream": True, "sampling_params": {"max_new_tokens": None}}
             with served.client.stream("POST", "/generate", json=body) as response:
                 next(response.iter_lines())
-            until(lambda: served.state.manager.in_flight == 0)
-            assert served.state.manager.metrics.aborted == 1
+            until(lambda: served.state.manager.metrics.aborted == 1)
 
     def test_a_dead_engine_leaves_what_this_process_has_counted(self, serve: Any) -> None:
         with serve(enable_metrics=True) as served:

@@ -12,6 +12,7 @@ import orjson
 from sglang.bench.clients.base import AnswerReader
 from sglang.bench.records import Answer
 from sglang.bench.sse import DONE, SseSplitter
+from sglang.bench.workload import Turn
 
 _ERROR_CHARS = 500  # of a failed response's body, kept for the report
 
@@ -32,12 +33,18 @@ class HttpAsker:
         self._stream = stream
         self._extra_body = extra_body
 
-    async def ask(self, path: str, body: dict[str, Any], reader: AnswerReader) -> Answer:
+    async def ask(
+        self, path: str, body: dict[str, Any], reader: AnswerReader, turn: Turn
+    ) -> Answer:
         """Times start just before the request is written. See Dialogue.ask for errors."""
-        payload = orjson.dumps(overlay(body, self._extra_body), option=orjson.OPT_SERIALIZE_NUMPY)
+        whole = overlay(overlay(body, turn.extra_body), self._extra_body)
+        payload = orjson.dumps(whole, option=orjson.OPT_SERIALIZE_NUMPY)
+        headers = dict(turn.headers)
         answer = Answer(start_s=time.perf_counter())
         try:
-            async with self._http.post(self._base_url + path, data=payload) as response:
+            async with self._http.post(
+                self._base_url + path, data=payload, headers=headers
+            ) as response:
                 if response.status != 200:
                     text = (await response.text(errors="replace"))[:_ERROR_CHARS]
                     answer.error = f"HTTP {response.status}: {text}"

@@ -11,7 +11,7 @@ import orjson
 from sglang.bench.clients.http import HttpAsker
 from sglang.bench.options import BenchOptions
 from sglang.bench.records import Answer
-from sglang.bench.workload import Prompt, TokenIds, Turn
+from sglang.bench.workload import TokenIds, Turn
 
 _COMPLETION_TOKENS = b'"completion_tokens":'
 _INTEGER = re.compile(rb"\s*(\d+)")
@@ -21,6 +21,7 @@ class NativeClient:
     def __init__(self, asker: HttpAsker, options: BenchOptions) -> None:
         self._asker = asker
         self._stream = options.stream
+        self._logprobs = {} if options.logprobs is None else options.logprobs.as_body()
         self._sampling = {
             "temperature": options.temperature,
             "top_p": options.top_p,
@@ -30,13 +31,14 @@ class NativeClient:
     def open_dialogue(self) -> NativeDialogue:
         return NativeDialogue(self)
 
-    async def generate(self, prompt: Prompt, max_tokens: int) -> Answer:
+    async def generate(self, prompt: str | TokenIds, turn: Turn) -> Answer:
         body: dict[str, Any] = {
             "text" if isinstance(prompt, str) else "input_ids": prompt,
-            "sampling_params": {**self._sampling, "max_new_tokens": max_tokens},
+            "sampling_params": {**self._sampling, "max_new_tokens": turn.max_tokens},
             "stream": self._stream,
+            **self._logprobs,
         }
-        return await self._asker.ask("/generate", body, NativeReader())
+        return await self._asker.ask("/generate", body, NativeReader(), turn)
 
 
 class NativeDialogue:
@@ -51,11 +53,12 @@ class NativeDialogue:
     async def ask(self, turn: Turn) -> Answer:
         if isinstance(turn.prompt, str):
             self._text += turn.prompt
-            answer = await self._client.generate(self._text, turn.max_tokens)
+            answer = await self._client.generate(self._text, turn)
             self._text += answer.text
             return answer
+        assert isinstance(turn.prompt, np.ndarray), "messages are for the chat backends"
         self._ids.append(turn.prompt)
-        answer = await self._client.generate(np.concatenate(self._ids), turn.max_tokens)
+        answer = await self._client.generate(np.concatenate(self._ids), turn)
         if answer.output_ids is not None:
             self._ids.append(np.asarray(answer.output_ids, dtype=np.int32))
         elif not answer.error:

@@ -10,7 +10,7 @@ from sglang.bench.clients.http import HttpAsker
 from sglang.bench.clients.native import error_text
 from sglang.bench.options import BenchOptions
 from sglang.bench.records import Answer
-from sglang.bench.workload import Turn
+from sglang.bench.workload import Messages, Turn
 
 
 def _common_body(options: BenchOptions, model: str) -> dict[str, Any]:
@@ -36,9 +36,9 @@ class CompletionClient:
     def open_dialogue(self) -> CompletionDialogue:
         return CompletionDialogue(self)
 
-    async def complete(self, prompt: str, max_tokens: int) -> Answer:
-        body = {**self._body, "prompt": prompt, "max_tokens": max_tokens}
-        return await self._asker.ask("/v1/completions", body, OpenAIReader())
+    async def complete(self, prompt: str, turn: Turn) -> Answer:
+        body = {**self._body, "prompt": prompt, "max_tokens": turn.max_tokens}
+        return await self._asker.ask("/v1/completions", body, OpenAIReader(), turn)
 
 
 class CompletionDialogue:
@@ -51,7 +51,7 @@ class CompletionDialogue:
     async def ask(self, turn: Turn) -> Answer:
         assert isinstance(turn.prompt, str), "the OpenAI backends are given text"
         self._text += turn.prompt
-        answer = await self._client.complete(self._text, turn.max_tokens)
+        answer = await self._client.complete(self._text, turn)
         self._text += answer.text
         return answer
 
@@ -64,9 +64,9 @@ class ChatClient:
     def open_dialogue(self) -> ChatDialogue:
         return ChatDialogue(self)
 
-    async def chat(self, messages: list[dict[str, str]], max_tokens: int) -> Answer:
-        body = {**self._body, "messages": messages, "max_tokens": max_tokens}
-        return await self._asker.ask("/v1/chat/completions", body, OpenAIReader())
+    async def chat(self, messages: Messages, turn: Turn) -> Answer:
+        body = {**self._body, "messages": messages, "max_tokens": turn.max_tokens}
+        return await self._asker.ask("/v1/chat/completions", body, OpenAIReader(), turn)
 
 
 class ChatDialogue:
@@ -74,12 +74,15 @@ class ChatDialogue:
 
     def __init__(self, client: ChatClient) -> None:
         self._client = client
-        self._messages: list[dict[str, str]] = []
+        self._messages: Messages = []
 
     async def ask(self, turn: Turn) -> Answer:
-        assert isinstance(turn.prompt, str), "the OpenAI backends are given text"
-        self._messages.append({"role": "user", "content": turn.prompt})
-        answer = await self._client.chat(self._messages, turn.max_tokens)
+        if isinstance(turn.prompt, list):
+            self._messages += turn.prompt
+        else:
+            assert isinstance(turn.prompt, str), "the OpenAI backends are given text"
+            self._messages.append({"role": "user", "content": turn.prompt})
+        answer = await self._client.chat(self._messages, turn)
         self._messages.append({"role": "assistant", "content": answer.text})
         return answer
 

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang.bench.datasets import (
+    agentic_trace,
     custom,
     generated_shared_prefix,
+    longbench_v2,
     mooncake,
     mt_bench,
+    openai_requests,
     random_ids,
+    random_text,
     sharegpt,
 )
 from sglang.bench.options import BenchOptions
@@ -35,6 +39,10 @@ _LOADERS: dict[str, _Loader] = {
     "mt-bench": mt_bench.load,
     "sharegpt": sharegpt.load,
     "custom": custom.load,
+    "random": random_text.load,
+    "openai": openai_requests.load,
+    "agentic-trace": agentic_trace.load,
+    "longbench_v2": longbench_v2.load,
 }
 DATASETS = tuple(_LOADERS)
 

@@ -9,6 +9,8 @@ from sglang.bench.options import BenchOptions, SharedPrefixOptions
 from sglang.bench.prompts import PromptMaker
 from sglang.bench.workload import Conversation, Turn
 
+ROUTING_KEY = "X-SMG-Routing-Key"
+
 
 def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation], str | None]:
     """One conversation a prompt of a group, in random order unless --gsp-ordered.
@@ -24,6 +26,7 @@ def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation
     conversations = []
     for group in _groups_of_prompts(gsp, rng):
         turns: list[Turn] = []
+        headers = {ROUTING_KEY: f"{options.seed}-{group}"} if gsp.send_routing_key else {}
         question_lens = draw_lengths(rng, gsp.question_len, gsp.range_ratio, gsp.num_turns)
         output_lens = draw_lengths(rng, gsp.output_len, gsp.range_ratio, gsp.num_turns)
         for question_len, output_len in zip(question_lens, output_lens, strict=True):
@@ -31,7 +34,9 @@ def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation
             if not turns:
                 parts.insert(0, system_prompts[group])
             prompt_tokens = sum(part.size for part in parts)
-            turns.append(Turn(prompts.from_ids(*parts), prompt_tokens, int(output_len)))
+            turns.append(
+                Turn(prompts.from_ids(*parts), prompt_tokens, int(output_len), headers=headers)
+            )
         conversations.append(Conversation(tuple(turns)))
     if not gsp.ordered:
         conversations = [conversations[i] for i in rng.permutation(len(conversations))]

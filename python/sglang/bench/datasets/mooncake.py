@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ BLOCK_TOKENS = 512
 _FIRST_OWN_ID = 1 << 40  # block ids of rows without hash_ids: beyond any trace's own
 
 
+WORKLOADS = ("mooncake", "conversation", "synthetic", "toolagent")
+
+
 @dataclass(frozen=True, slots=True)
 class TraceRow:
     """timestamp_ms is None in traces that have no arrivals."""
@@ -37,7 +41,7 @@ class TraceRow:
 
 
 def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation], str | None]:
-    rows = read_trace(required_path(options))
+    rows = read_trace(_trace_file(options))
     total = len(rows)
     wanted = options.mooncake
     if wanted.duration_s is not None:
@@ -64,8 +68,12 @@ def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation
         trace_s = None if time_ms is None or begin_ms is None else (time_ms - begin_ms) / 1e3
         ids = prompt_ids(row, prompts.ordinary_ids, options.seed)
         blocks = np.split(ids, range(BLOCK_TOKENS, ids.size, BLOCK_TOKENS))
-        turn = Turn(prompts.from_ids(*blocks), row.input_tokens, max(1, row.output_tokens))
-        conversations.append(Conversation((turn,), trace_s))
+        output_tokens = max(1, row.output_tokens)
+        turns = [Turn(prompts.from_ids(*blocks), row.input_tokens, output_tokens)]
+        for number in range(1, wanted.num_rounds):
+            more = _later_ids(row, number, prompts.ordinary_ids, options.seed)
+            turns.append(Turn(prompts.from_ids(more), more.size, output_tokens))
+        conversations.append(Conversation(tuple(turns), trace_s))
     note = (
         f"mooncake: {len(kept)} of {total} rows; left out: {total - in_window} after "
         f"--mooncake-duration-s, {too_long} above --mooncake-max-input-len, "
@@ -119,6 +127,19 @@ def prompt_ids(row: TraceRow, ordinary_ids: TokenIds, seed: int) -> TokenIds:
     hashed = _splitmix64(counter + key)
     ids: TokenIds = ordinary_ids[hashed % np.uint64(ordinary_ids.size)]
     return ids
+
+
+def _later_ids(row: TraceRow, number: int, ordinary_ids: TokenIds, seed: int) -> TokenIds:
+    """What the user says in a later round: a block of tokens, or less after a shorter prompt, of
+    an id that no trace has."""
+    tokens = min(BLOCK_TOKENS, row.input_tokens)
+    own_id = row.hash_ids[-1] + number * 2 * _FIRST_OWN_ID
+    return prompt_ids(TraceRow(None, tokens, 0, (own_id,)), ordinary_ids, seed)
+
+
+def _trace_file(options: BenchOptions) -> str:
+    path = Path(required_path(options))
+    return str(path / f"{options.mooncake.workload}_trace.jsonl" if path.is_dir() else path)
 
 
 def _splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang.bench.datasets.jsonl import read_rows, required_path
+from sglang.bench.datasets.jsonl import read_rows, required_path, rotated
 from sglang.bench.errors import BenchError
 from sglang.bench.options import BenchOptions
 from sglang.bench.prompts import PromptMaker
@@ -12,7 +12,8 @@ from sglang.bench.workload import Conversation, Turn
 def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation], str | None]:
     """In the file's order. Prompt lengths are left to the server, which applies the template."""
     conversations = []
-    for where, row in read_rows(required_path(options)):
+    rows = list(read_rows(required_path(options)))
+    for where, row in rotated(rows, options.text_file.offset):
         questions = row.get("turns")
         if not (
             isinstance(questions, list)

@@ -15,10 +15,10 @@ from sglang.bench.workload import Conversation
 
 def load(options: BenchOptions, prompts: PromptMaker) -> tuple[list[Conversation], str | None]:
     path = required_path(options)
-    return to_conversations(_pairs(path, read_list(path)), options, prompts)
+    return to_conversations(first_exchanges(path, read_list(path)), options, prompts)
 
 
-def _pairs(path: str, rows: list[Any]) -> Iterator[TextPair]:
+def first_exchanges(path: str, rows: list[Any]) -> Iterator[TextPair]:
     """Conversations with fewer than two messages are common in the file and are skipped."""
     for number, row in enumerate(rows):
         try:

@@ -50,7 +50,7 @@ def to_conversations(
 
 def _to_turn(pair: TextPair, options: BenchOptions, prompts: PromptMaker) -> Turn | None:
     wanted = options.text_file
-    text = pair.prompt
+    text = pair.prompt + wanted.prompt_suffix
     if wanted.apply_chat_template:
         text = _with_template(text, prompts)
     prompt_tokens = prompts.count(text) if prompts.has_tokenizer else None

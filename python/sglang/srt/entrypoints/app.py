@@ -10,6 +10,7 @@ from sglang.srt.entrypoints import (
     multiplex,
     native,
     not_generation,
+    openapi,
     operations,
     parse_text,
     vertex,
@@ -26,6 +27,7 @@ from sglang.srt.entrypoints.openai import (
 )
 from sglang.srt.entrypoints.openai.responses import serving as serving_responses
 from sglang.srt.entrypoints.server_state import ServerState
+from sglang.srt.observability.http_traffic import CountTraffic, HttpTraffic
 from sglang.version import __version__
 
 
@@ -55,6 +57,7 @@ def build_app(state: ServerState) -> FastAPI:
 
         app.include_router(metrics.router)
     error_forms.install(app)
+    openapi.describe(app)
     if state.args.api_key is not None or state.args.admin_api_key is not None:
         app.add_middleware(
             BearerAuth,
@@ -64,4 +67,7 @@ def build_app(state: ServerState) -> FastAPI:
     app.add_middleware(
         CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
     )
+    if state.args.enable_metrics:
+        app.state.traffic = HttpTraffic()
+        app.add_middleware(CountTraffic, traffic=app.state.traffic)  # sees what all others answer
     return app

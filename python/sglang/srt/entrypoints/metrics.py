@@ -9,7 +9,9 @@ from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.errors import SglangError
-from sglang.srt.observability.prometheus import exposition
+from sglang.srt.observability.cpu_time import cpu_seconds
+from sglang.srt.observability.http_traffic import HttpTraffic
+from sglang.srt.observability.prometheus import ServerFacts, exposition
 
 router = APIRouter()
 
@@ -27,9 +29,23 @@ async def metrics(request: Request) -> Response:
         await _engine_state(state),
         state.engine_info,
         model_name=state.args.model_name,
+        server=_server_facts(state, request.app.state.traffic),
         accept=request.headers.get("accept", ""),
     )
     return Response(body, media_type=content_type)
+
+
+def _server_facts(state: ServerState, traffic: HttpTraffic) -> ServerFacts:
+    pool_tokens = state.engine_info.get("max_total_num_tokens")
+    page = state.args.page_size
+    return ServerFacts(
+        context_len=state.model.context_length,
+        page_size=page,
+        num_pages=None if pool_tokens is None else pool_tokens // page,
+        startup_s=state.startup_s,
+        cpu_s=cpu_seconds(),
+        traffic=traffic,
+    )
 
 
 async def _engine_state(state: ServerState) -> Mapping[str, Any]:

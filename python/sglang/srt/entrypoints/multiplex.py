@@ -13,15 +13,17 @@ from drift_scheduler.trace import trace_events
 from drift_scheduler.window import as_json
 from sglang.srt.entrypoints.error_forms import JsonResponse
 from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.openapi import query
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.errors import RequestError
 
 router = APIRouter(prefix="/pd_multiplex")
 
 DEFAULT_SECONDS = 10.0
+_SECONDS = query("seconds", "number", "How far to look back.")
 
 
-@router.get("/timeline")
+@router.get("/timeline", openapi_extra=_SECONDS)
 async def timeline(request: Request) -> Response:
     """Runs of both lanes and samples of the queue in the last `seconds`."""
     state = state_of(request)
@@ -31,7 +33,7 @@ async def timeline(request: Request) -> Response:
     return await asyncio.to_thread(lambda: _json({**as_json(window), "totals": totals}))
 
 
-@router.get("/trace")
+@router.get("/trace", openapi_extra=_SECONDS)
 async def trace(request: Request) -> Response:
     """The same window for ui.perfetto.dev."""
     window = await state_of(request).manager.timeline(_seconds(request))

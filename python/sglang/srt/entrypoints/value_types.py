@@ -67,9 +67,14 @@ def is_batch_of_ids(value: Any) -> TypeGuard[list[list[int]]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
-Effort = Annotated[str | float, PlainValidator(_effort)]
-OneOrManyTexts = Annotated[str | list[str], PlainValidator(_texts)]
-OneOrManyIds = Annotated[list[int] | list[list[int]], PlainValidator(_ids)]
-OneOrManyBools = Annotated[bool | list[bool], PlainValidator(_bools)]
-OneOrManyInts = Annotated[int | list[int], PlainValidator(_ints)]
-AnyPrompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
+_Texts = str | list[str]
+_Ids = list[int] | list[list[int]]
+_Bools = bool | list[bool]
+_Ints = int | list[int]
+_Effort = str | float
+Effort = Annotated[_Effort, PlainValidator(_effort, json_schema_input_type=_Effort)]
+OneOrManyTexts = Annotated[_Texts, PlainValidator(_texts, json_schema_input_type=_Texts)]
+OneOrManyIds = Annotated[_Ids, PlainValidator(_ids, json_schema_input_type=_Ids)]
+OneOrManyBools = Annotated[_Bools, PlainValidator(_bools, json_schema_input_type=_Bools)]
+OneOrManyInts = Annotated[_Ints, PlainValidator(_ints, json_schema_input_type=_Ints)]
+AnyPrompt = Annotated[_Texts | _Ids, PlainValidator(_prompt, json_schema_input_type=_Texts | _Ids)]

@@ -128,7 +128,10 @@ class PromptEncoder:
         return self._tokenizer
 
     def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        encoded = self._required_tokenizer()(
+        tokenizer = self._required_tokenizer()
+        if not texts:  # no texts at all fail inside it
+            return []
+        encoded = tokenizer(
             texts, add_special_tokens=add_special_tokens, return_attention_mask=False
         )
         ids: list[list[int]] = encoded["input_ids"]

@@ -260,6 +260,7 @@ class Scheduler:
         load = self.load()
         return {
             "last_gen_throughput": self._log.gen_throughput,
+            "realtime_tokens": self._log.realtime_tokens,
             "running_requests": load.running,
             "waiting_requests": load.queued,
             "waiting_tokens": self._engine.waiting_tokens,
@@ -268,6 +269,9 @@ class Scheduler:
             "used_tokens": load.used_tokens,
             "token_usage": load.token_usage,
             "cached_tokens": self._cache.radix.evictable + self._cache.radix.protected,
+            "available_tokens": self._cache.allocator.available,
+            "evictable_tokens": self._cache.radix.evictable,
+            "evicted_tokens": self._cache.radix.stats.evicted_tokens,
             "retractions": self._engine.retractions,
             "slo": self._attainment.snapshot(self._clock()),
             "grammars": self._engine.grammars.state(),

@@ -7,6 +7,7 @@ partitions are ours. Whatever the scheduler does not tell is left out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -19,6 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from sglang.srt.observability.http_traffic import HttpTraffic
 from sglang.srt.observability.request_metrics import Histogram, RequestMetrics
 
 _PREFIX = "sglang:"
@@ -28,6 +30,10 @@ _STATE_GAUGES = (
     ("waiting_requests", "num_queue_reqs", "Requests that wait."),
     ("used_tokens", "num_used_tokens", "Tokens of the KV pool in use."),
     ("token_usage", "token_usage", "Share of the KV pool in use."),
+    ("token_usage", "full_token_usage", "The same: there is one pool."),
+    ("used_tokens", "kv_used_tokens", "Tokens of the KV pool in use."),
+    ("available_tokens", "kv_available_tokens", "Tokens of the KV pool that are free."),
+    ("evictable_tokens", "kv_evictable_tokens", "Tokens of cached prefixes that may go."),
     ("last_gen_throughput", "gen_throughput", "Tokens a second, as in the last log line."),
 )
 # (key in the state's grammars, name, help)
@@ -39,9 +45,36 @@ _GRAMMAR_COUNTERS = (
     ("failed", "num_grammar_failed", "Grammars that the library refused."),
     ("compile_s", "grammar_compilation_seconds", "Time that compilation took."),
 )
+_STATE_COUNTERS = (
+    (
+        "retractions",
+        "num_retracted_requests",
+        "Times that a request gave its memory back and started anew.",
+    ),
+    ("evicted_tokens", "evicted_tokens", "Tokens of cached prefixes given up for others."),
+)
 _INFO_GAUGES = (("max_total_num_tokens", "max_total_num_tokens", "Size of the KV pool in tokens."),)
+_SERVER_GAUGES = (
+    ("context_len", "context_len", "Longest sequence in tokens."),
+    ("page_size", "page_size", "Tokens in a page of the KV pool."),
+    ("num_pages", "num_pages", "Pages of the KV pool."),
+    ("startup_s", "engine_startup_time", "Seconds from the start until requests were taken."),
+)
 _PHASES = ("prefill", "decode", "both", "fused")
+_CATEGORIES = {"extend": "prefill_busy_s", "decode": "decode_busy_s"}
 _LIMITS = {"ttft": "met_ttft", "tbt": "met_tbt", "both": "met"}
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What the HTTP process knows of the server. cpu_s: by process. None is left out."""
+
+    context_len: int
+    page_size: int
+    num_pages: int | None
+    startup_s: float | None
+    cpu_s: Mapping[str, float]
+    traffic: HttpTraffic
 
 
 def exposition(
@@ -51,6 +84,7 @@ def exposition(
     *,
     model_name: str,
     accept: str,
+    server: ServerFacts | None = None,
 ) -> tuple[bytes, str]:
     """Body and content type of a scrape.
 
@@ -58,7 +92,7 @@ def exposition(
     says whether the scraper reads OpenMetrics.
     """
     registry = CollectorRegistry()
-    registry.register(_Snapshot(requests, state, info, model_name))
+    registry.register(_Snapshot(requests, state, info, model_name, server))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
@@ -72,11 +106,13 @@ class _Snapshot(Collector):
         state: Mapping[str, Any],
         info: Mapping[str, Any],
         model_name: str,
+        server: ServerFacts | None,
     ) -> None:
         self._requests = requests
         self._state = state
         self._info = info
         self._model_name = model_name
+        self._server = server
 
     def collect(self) -> Iterator[Metric]:
         yield from self._of_requests()
@@ -84,12 +120,17 @@ class _Snapshot(Collector):
             for key, name, text in table:
                 if key in values:
                     yield self._gauge(name, text, values[key])
-        if "retractions" in self._state:
-            yield self._counter(
-                "num_retractions",
-                "Times that a request gave its memory back and started anew.",
-                self._state["retractions"],
-            )
+        for key, name, text in _STATE_COUNTERS:
+            if key in self._state:
+                yield self._counter(name, text, self._state[key])
+        if self._server is not None:
+            yield from self._of_server(self._server)
+        yield self._counters(
+            "realtime_tokens",
+            "Tokens, counted as they are computed or found in the prefix cache.",
+            ("mode",),
+            [((mode,), count) for mode, count in self._state.get("realtime_tokens", {}).items()],
+        )
         yield from self._of_grammars(self._state.get("grammars", {}))
         yield from self._of_lanes(self._state.get("pd_multiplex", {}))
         if "slo" in self._state:
@@ -102,6 +143,39 @@ class _Snapshot(Collector):
         for key, name, text in _GRAMMAR_COUNTERS:
             if key in grammars:
                 yield self._counter(name, text, grammars[key])
+
+    def _of_server(self, server: ServerFacts) -> Iterator[Metric]:
+        for field, name, text in _SERVER_GAUGES:
+            value = getattr(server, field)
+            if value is not None:
+                yield self._gauge(name, text, value)
+        yield self._counters(
+            "process_cpu_seconds",
+            "Processor time of each process.",
+            ("component",),
+            [((component,), seconds) for component, seconds in server.cpu_s.items()],
+        )
+        traffic = server.traffic
+        yield self._counters(
+            "http_requests",
+            "Requests that have been answered, or are being.",
+            ("endpoint", "method"),
+            traffic.requests.items(),
+        )
+        yield self._counters(
+            "http_responses",
+            "Responses begun.",
+            ("endpoint", "status_code", "method"),
+            traffic.responses.items(),
+        )
+        active = GaugeMetricFamily(
+            _PREFIX + "http_requests_active",
+            "Requests whose response is not complete.",
+            labels=["model_name", "method"],
+        )
+        for method, count in traffic.active.items():
+            active.add_metric([self._model_name, method], count)
+        yield active
 
     def _of_requests(self) -> Iterator[Metric]:
         seen = self._requests
@@ -134,9 +208,26 @@ class _Snapshot(Collector):
         yield self._histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its end.", seen.e2e_s
         )
+        yield self._histogram(
+            "prompt_tokens_histogram", "Prompt tokens of each request.", seen.prompt_lengths
+        )
+        yield self._histogram(
+            "uncached_prompt_tokens_histogram",
+            "Of those, tokens that were not in the prefix cache.",
+            seen.uncached_lengths,
+        )
+        yield self._histogram(
+            "generation_tokens_histogram", "Tokens generated for each.", seen.answer_lengths
+        )
 
     def _of_lanes(self, lanes: Mapping[str, Any]) -> Iterator[Metric]:
         busy_s = [((phase,), lanes.get(f"{phase}_busy_s")) for phase in _PHASES]
+        yield self._counters(
+            "forward_execution_seconds",
+            "Time in which work of a phase was in progress.",
+            ("category",),
+            [((category,), lanes[key]) for category, key in _CATEGORIES.items() if key in lanes],
+        )
         yield self._counters(
             "phase_busy_seconds",
             "Time in which work of a phase was in progress; of both at once; of fused steps.",

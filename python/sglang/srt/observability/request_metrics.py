@@ -20,6 +20,7 @@ _TOKEN_BOUNDS_S = (
     *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.08),
     *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 4, 8),
 )
+_LENGTH_BOUNDS = tuple(2**power for power in range(4, 21))
 _REQUEST_BOUNDS_S = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400, 800)
 
 
@@ -45,6 +46,9 @@ class RequestMetrics:
         self.per_output_token_s = Histogram(_TOKEN_BOUNDS_S)
         """One value a request: the time after its first token, divided by the other tokens."""
         self.e2e_s = Histogram(_REQUEST_BOUNDS_S)
+        self.prompt_lengths = Histogram(_LENGTH_BOUNDS)
+        self.uncached_lengths = Histogram(_LENGTH_BOUNDS)
+        self.answer_lengths = Histogram(_LENGTH_BOUNDS)
         self.finished = 0
         self.aborted = 0
         self.prompt_tokens = 0
@@ -83,6 +87,9 @@ class RequestMetrics:
         self.finished += 1
         self.prompt_tokens += answer.prompt_tokens
         self.cached_tokens += answer.cached_tokens
+        self.prompt_lengths.observe(answer.prompt_tokens)
+        self.uncached_lengths.observe(answer.prompt_tokens - answer.cached_tokens)
+        self.answer_lengths.observe(answer.completion_tokens)
         self.e2e_s.observe(now_s - answer.started_s)
         if answer.first_token_s is not None and answer.completion_tokens > 1:
             decoding_s = now_s - answer.first_token_s

@@ -34,8 +34,12 @@ class SchedulerLog:
         self._tokens = 0
         self._since_s = clock()
         self.gen_throughput = 0.0
+        # Since the start, under SGLang's names for them.
+        self.realtime_tokens = {"prefill_compute": 0, "prefill_cache": 0, "decode": 0}
 
     def prefill(self, *, seqs: int, new_tokens: int, cached_tokens: int, load: Load) -> None:
+        self.realtime_tokens["prefill_compute"] += new_tokens
+        self.realtime_tokens["prefill_cache"] += cached_tokens
         logger.info(
             "Prefill batch, #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
             "#running-req: %d, #queue-req: %d",
@@ -60,6 +64,7 @@ class SchedulerLog:
         """
         self._steps += 1
         self._tokens += requests
+        self.realtime_tokens["decode"] += requests
         if self._steps < self._decode_interval:
             return
         now_s = self._clock()

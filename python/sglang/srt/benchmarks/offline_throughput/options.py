@@ -40,6 +40,7 @@ _BENCH_FLAGS = (
 _SGLANG_ONLY = (
     "--do-not-exit",
     "--extra-request-body",
+    "--gsp-send-routing-key",
     "--profile",
     "--prompt-suffix",
 )
@@ -102,4 +103,6 @@ def _add_flags(group: argparse._ArgumentGroup) -> None:
 
 def _is_bench_flag(word: str) -> bool:
     name = word.partition("=")[0]
+    if name in _SGLANG_ONLY:
+        return False
     return name in _BENCH_FLAGS or name.startswith(_BENCH_PREFIXES)

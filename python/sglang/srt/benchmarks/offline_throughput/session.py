@@ -177,7 +177,7 @@ def _turns(bench: BenchOptions, prompts: PromptMaker) -> list[Turn]:
 def _requests(bench: BenchOptions, turns: Sequence[Turn]) -> list[GenerateRequest]:
     requests = []
     for index, turn in enumerate(turns):
-        assert not isinstance(turn.prompt, str), "prompts are made of token ids"
+        assert isinstance(turn.prompt, np.ndarray), "prompts are made of token ids"
         requests.append(
             GenerateRequest(
                 rid=f"prompt-{index}",

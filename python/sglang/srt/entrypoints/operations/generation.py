@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from sglang.srt.entrypoints.fields import without_unsupported
+from sglang.srt.entrypoints.fields import Neutral, without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object, read_optional_object
+from sglang.srt.entrypoints.openapi import query
 from sglang.srt.entrypoints.operations.outcome import outcome
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.errors import RequestError
 
 router = APIRouter()
 
+_ABORT_NEUTRAL: Neutral = {"finished_reason": (None,), "abort_message": (None, "")}
 
-@router.api_route("/flush_cache", methods=["GET", "POST"])
+
+@router.api_route(
+    "/flush_cache",
+    methods=["GET", "POST"],
+    openapi_extra=query("timeout", "number", "Seconds to wait for the engine to be idle."),
+)
 async def flush_cache(request: Request) -> Response:
     timeout_s = _seconds(request.query_params.get("timeout", "0"))
     reply = await state_of(request).manager.flush_cache(timeout_s)
@@ -35,8 +41,7 @@ class AbortBody(pydantic.BaseModel):
 
 @router.post("/abort_request")
 async def abort_request(request: Request) -> Response:
-    neutral: dict[str, tuple[Any, ...]] = {"finished_reason": (None,), "abort_message": (None, "")}
-    body = checked(AbortBody, without_unsupported(await read_object(request), neutral))
+    body = checked(AbortBody, without_unsupported(await read_object(request), _ABORT_NEUTRAL))
     state_of(request).manager.abort(body.rid, body.abort_all)
     return Response(status_code=200)
 

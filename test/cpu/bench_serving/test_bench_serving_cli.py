@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
-from sglang.bench.cli import build_parser, parse_options
+from sglang.bench.cli import parse_options
 from sglang.bench.goodput import Objectives
 from sglang.bench.unsupported import UNSUPPORTED_FLAGS
 
@@ -66,10 +65,26 @@ def test_known_but_unsupported_flags_are_errors(
     ("argv", "problem"),
     [
         ([], "sharegpt needs --dataset-path"),
-        (["--dataset-name", "random"], "random-ids"),
+        (["--dataset-name", "random"], "random needs --dataset-path"),
+        (["--dataset-name", "mmmu"], "mmmu is not available here: image"),
+        (["--dataset-name", "sharegtp"], "random-ids"),
         (["--dataset-name", "mooncake"], "needs --dataset-path"),
         ([*RANDOM, "--dataset-path", "x"], "reads no file"),
-        ([*RANDOM, "--backend", "trt"], "sglang-oai-chat"),
+        ([*RANDOM, "--backend", "trt"], "--backend trt is not available here"),
+        ([*RANDOM, "--backend", "tgi"], "sglang-oai-chat"),
+        ([*RANDOM, "--top-logprobs-num", "2"], "--top-logprobs-num needs --return-logprob"),
+        ([*RANDOM, "--return-logprob", "--backend", "vllm"], "--return-logprob needs"),
+        ([*RANDOM, "--profile-num-steps", "2"], "--profile-num-steps needs --profile"),
+        ([*RANDOM, "--profile", "--pd-separated"], "--profile-prefill-url"),
+        ([*RANDOM, "--profile", "--profile-decode-url", "http://d"], "--pd-separated"),
+        (
+            [*RANDOM, "--profile", "--profile-steps", "1", "--profile-num-steps", "2"],
+            "--profile-steps differs",
+        ),
+        ([*RANDOM, "--backend", "sglang-embedding", "--goodput", "ttft:5"], "only e2el"),
+        ([*RANDOM, "--prompt-suffix", "x"], "applies only to"),
+        ([*TRACE, "--dataset-offset", "2"], "applies only to"),
+        (["--dataset-name", "openai", "--dataset-path", "q.jsonl"], "chat --backend"),
         ([*RANDOM, "--num-prompts", "0"], "at least 1"),
         ([*RANDOM, "--request-rate", "0"], "above 0"),
         ([*RANDOM, "--request-rate", "nan"], "above 0"),
@@ -103,9 +118,28 @@ def test_bad_options_name_the_flag(
     assert problem in refusal(argv, capsys)
 
 
-def test_every_flag_of_upstream_is_either_taken_or_refused() -> None:
-    """No flag may fall through as unknown; the list is SGLang 0.5.23's."""
-    flags = (Path(__file__).parent / "data" / "sglang_bench_serving_flags.txt").read_text().split()
-    taken = {flag for action in build_parser()._actions for flag in action.option_strings}
-    assert len(flags) > 80
-    assert set(flags) <= taken
+def test_all_prompts_unless_a_number_is_given() -> None:
+    groups = ["--dataset-name", "generated-shared-prefix"]
+    assert parse_options(groups).num_prompts is None
+    assert parse_options([*groups, "--num-prompts", "1000"]).num_prompts == 1000
+    assert parse_options(RANDOM).num_prompts == 1000
+
+
+def test_the_key_of_openai_clients_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    assert parse_options(RANDOM).headers == {"Authorization": "Bearer k"}
+    given = ["--header", "authorization=Bearer mine"]
+    assert parse_options([*RANDOM, *given]).headers == {"authorization": "Bearer mine"}
+
+
+def test_where_profilers_are_and_what_they_are_told() -> None:
+    flags = ["--profile", "--profile-steps", "7", "--profile-activities", "GPU", "MEM"]
+    profile = parse_options([*RANDOM, "--base-url", "http://h:1", *flags]).profile
+    assert profile is not None
+    assert profile.urls == ("http://h:1",)
+    assert profile.body == {"activities": ["GPU", "MEM"], "num_steps": 7}
+    assert profile.stops_itself
+    apart = ["--pd-separated", "--profile-prefill-url", "http://p/", "http://q"]
+    profile = parse_options([*RANDOM, "--profile", *apart]).profile
+    assert profile is not None
+    assert (profile.urls, profile.stops_itself) == (("http://p", "http://q"), False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang.bench.goodput import Objectives, evaluate, request_gap_p99_ms
-from sglang.bench.metrics import Distribution, summarise
+from sglang.bench.metrics import Distribution, in_flight_by_second, summarise
 from sglang.bench.records import Answer, RequestRecord
 
 
@@ -139,3 +139,9 @@ def test_gap_percentile_sees_the_whole_gap_of_a_chunk() -> None:
     assert evaluate([bursty], Objectives(itl_p99_ms=60), 1.0).attainment == 0.0
     assert evaluate([bursty], Objectives(tpot_ms=60), 1.0).attainment == 1.0
     assert request_gap_p99_ms(record()) == 0.0
+
+
+def test_requests_in_flight_are_counted_second_by_second() -> None:
+    records = [record(100.0, 0.5, ((0.4, 1), (0.3, 4))), record(100.9, 0.2), record(103.5, 0.2)]
+    assert in_flight_by_second(records) == [2, 2, 0, 1]
+    assert in_flight_by_second([]) == []

@@ -1,4 +1,4 @@
-"""Whole benchmarks against a small server that speaks the three wire formats."""
+"""Whole benchmarks against the server of conftest."""
 
 from __future__ import annotations
 
@@ -8,183 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
-from sglang import bench_serving
 from sglang.bench.runner import NOT_ASKED
 
 START_LIMIT_S = 10
-
-
-@dataclass
-class FakeServer:
-    """Answers token i with id 100 + i and the word "w<i> ".
-
-    A prompt is a list of tokens: its ids, or the words of its text. Cached tokens are the longest
-    prefix shared with an earlier prompt and its answer. before_token is awaited before each one.
-    """
-
-    model_info: dict[str, Any] = field(default_factory=dict)
-    status: Callable[[int], int] = lambda request_number: 200
-    before_token: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
-    reports_cache: bool = True
-    port: int = 0
-    bodies: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    flushes: list[int] = field(default_factory=list)  # requests seen before each flush
-    in_flight: int = 0
-    max_in_flight: int = 0
-    seen: list[list[Any]] = field(default_factory=list)
-
-    def app(self) -> web.Application:
-        app = web.Application(client_max_size=1 << 26)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/model_info", self._model_info)
-        app.router.add_get("/server_info", self._server_info)
-        app.router.add_post("/flush_cache", self._flush)
-        for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
-            app.router.add_post(path, self._generate)
-        return app
-
-    async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "fake-model"}]})
-
-    async def _model_info(self, request: web.Request) -> web.Response:
-        return web.json_response(self.model_info)
-
-    async def _server_info(self, request: web.Request) -> web.Response:
-        states = [{"avg_spec_accept_length": 2.5}]
-        return web.json_response({"version": "fake", "internal_states": states})
-
-    async def _flush(self, request: web.Request) -> web.Response:
-        self.flushes.append(len(self.bodies))
-        self.seen.clear()
-        return web.Response(text="Cache flushed.")
-
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
-        body = json.loads(await request.read())
-        self.bodies.append((request.path, body))
-        self.headers.append(dict(request.headers))
-        status = self.status(len(self.bodies))
-        if status != 200:
-            return web.json_response({"error": {"message": "no room"}}, status=status)
-        self.in_flight += 1
-        self.max_in_flight = max(self.max_in_flight, self.in_flight)
-        try:
-            return await self._answer(request, body)
-        finally:
-            self.in_flight -= 1
-
-    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        native = request.path == "/generate"
-        prompt = _prompt_tokens(body)
-        cached = max((_shared(prompt, earlier) for earlier in self.seen), default=0)
-        count = body["sampling_params"]["max_new_tokens"] if native else body["max_tokens"]
-        words = [f"w{i} " for i in range(count)]
-        by_ids = "input_ids" in body
-        self.seen.append(
-            prompt + ([100 + i for i in range(count)] if by_ids else "".join(words).split())
-        )
-        chat = request.path.endswith("chat/completions")
-
-        def payload(first: int, last: int) -> dict[str, Any]:
-            if native:
-                meta = {"completion_tokens": last, "prompt_tokens": len(prompt)}
-                reason = {"type": "length", "length": count} if last == count else None
-                return {
-                    "text": "".join(words[:last]),
-                    "output_ids": [100 + i for i in range(last)],
-                    "meta_info": {**meta, "cached_tokens": cached, "finish_reason": reason},
-                }
-            usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": last}
-            if self.reports_cache:
-                usage["prompt_tokens_details"] = {"cached_tokens": cached}
-            text = "".join(words[first:last])
-            key = "delta" if body["stream"] else "message"
-            choice = {key: {"content": text}} if chat else {"text": text}
-            reason_text = "length" if last == count else None
-            return {"choices": [{**choice, "finish_reason": reason_text}], "usage": usage}
-
-        if not body["stream"]:
-            return web.json_response(payload(0, count))
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for i in range(count):
-            await self.before_token()
-            data = json.dumps(payload(i, i + 1)).encode()
-            await response.write(b"data: " + data + b"\n\n")
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-
-def _prompt_tokens(body: dict[str, Any]) -> list[Any]:
-    if "messages" in body:
-        return " ".join(message["content"] for message in body["messages"]).split()
-    if "input_ids" in body:
-        return list(body["input_ids"])
-    return str(body.get("text") or body["prompt"]).split()
-
-
-def _shared(a: list[Any], b: list[Any]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[FakeServer]:
-    """Serves from a thread, because a benchmark runs an event loop of its own."""
-    empty = tmp_path / "no_tokenizer"
-    empty.mkdir()
-    fake = FakeServer(model_info={"tokenizer_path": str(empty), "model_path": str(empty)})
-    loop = asyncio.new_event_loop()
-    ready = threading.Event()
-
-    async def start() -> web.AppRunner:
-        runner = web.AppRunner(fake.app(), shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        fake.port = runner.addresses[0][1]
-        return runner
-
-    def serve() -> None:
-        asyncio.set_event_loop(loop)
-        runner = loop.run_until_complete(start())
-        ready.set()
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    assert ready.wait(START_LIMIT_S)
-    yield fake
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(START_LIMIT_S)
-    assert not thread.is_alive()
-
-
-@pytest.fixture
-def bench(server: FakeServer, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Runs a benchmark against `server`: (exit code, result)."""
-
-    def run(*flags: str) -> tuple[int, dict[str, Any]]:
-        output = tmp_path / "result.jsonl"
-        argv = ["--host", "127.0.0.1", "--port", str(server.port), "--disable-tqdm"]
-        code = bench_serving.main([*argv, "--output-file", str(output), *flags])
-        if not output.exists():
-            return code, {}
-        return code, json.loads(output.read_text().splitlines()[-1])
-
-    return run
 
 
 Bench = Callable[..., tuple[int, dict[str, Any]]]
@@ -199,22 +31,12 @@ RANDOM: tuple[str, ...] = (
 )
 RANDOM += ("--num-prompts", "6", "--random-input-len", "11", "--random-output-len", "5")
 
-KEYS = {
-    *("tag", "backend", "dataset_name", "request_rate", "max_concurrency", "sharegpt_output_len"),
-    *("random_input_len", "random_output_len", "random_range_ratio", "server_info", "duration"),
-    *("completed", "total_input_tokens", "total_input_text_tokens", "total_input_vision_tokens"),
-    *("total_output_tokens", "total_output_tokens_retokenized", "request_throughput"),
-    *("input_throughput", "output_throughput", "total_throughput", "concurrency"),
-    *("accept_length", "max_output_tokens_per_s", "max_concurrent_requests", "max_itl_ms"),
-    *(
-        f"{statistic}_{name}_ms"
-        for statistic in ("mean", "median", "std", "p90", "p95", "p99")
-        for name in ("e2e_latency", "ttft", "tpot", "itl")
-    ),
-}
+SURFACE = Path(__file__).parents[3] / "docs" / "data" / "upstream_surface.json"
+RESULT = json.loads(SURFACE.read_text())["bench_result"]
+KEYS = set(RESULT["always"])
 OWN_KEYS = {"seed", "failed", "interrupted", "client_max_start_lag_ms"}
-GOODPUT_KEYS = {"goodput_slos_ms", "request_goodput", "slo_attainment", "slo_attainment_by_metric"}
-DETAIL_KEYS = {"input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors"}
+GOODPUT_KEYS = set(RESULT["goodput"])
+DETAIL_KEYS = set(RESULT["details"])
 
 
 def test_result_has_the_public_keys(bench: Bench) -> None:
@@ -255,7 +77,7 @@ def test_options_add_their_keys(bench: Bench, capsys: pytest.CaptureFixture[str]
         assert label in report
 
 
-def test_native_request_body(bench: Bench, server: FakeServer) -> None:
+def test_native_request_body(bench: Bench, server: Any) -> None:
     extra = '{"priority": 1, "sampling_params": {"top_k": 3}}'
     code, _ = bench(*RANDOM, "--extra-request-body", extra, "--header", "X-A=b", "--top-p", "0.5")
     assert code == 0
@@ -273,14 +95,14 @@ def test_native_request_body(bench: Bench, server: FakeServer) -> None:
     assert server.headers[-1]["X-A"] == "b"
 
 
-def test_warm_up_comes_before_the_flush(bench: Bench, server: FakeServer) -> None:
+def test_warm_up_comes_before_the_flush(bench: Bench, server: Any) -> None:
     bench(*RANDOM, "--warmup-requests", "2", "--flush-cache", "--random-output-len", "40")
     assert server.flushes == [2]
     lengths = [body["sampling_params"]["max_new_tokens"] for _, body in server.bodies]
     assert lengths == [32] * 2 + [40] * 6
 
 
-def test_max_concurrency_bounds_what_is_in_flight(bench: Bench, server: FakeServer) -> None:
+def test_max_concurrency_bounds_what_is_in_flight(bench: Bench, server: Any) -> None:
     _, result = bench(*RANDOM, "--max-concurrency", "2", "--num-prompts", "20")
     assert result["completed"] == 20
     assert server.max_in_flight == 2
@@ -288,7 +110,7 @@ def test_max_concurrency_bounds_what_is_in_flight(bench: Bench, server: FakeServ
     assert server.max_in_flight > 2
 
 
-def test_without_streaming_the_first_token_is_the_last(bench: Bench, server: FakeServer) -> None:
+def test_without_streaming_the_first_token_is_the_last(bench: Bench, server: Any) -> None:
     _, result = bench(*RANDOM, "--disable-stream", "--disable-ignore-eos")
     assert result["total_output_tokens"] == 30
     assert result["mean_ttft_ms"] == result["mean_e2e_latency_ms"] > 0
@@ -308,7 +130,7 @@ GSP += ("--gsp-prompts-per-group", "2", "--gsp-system-prompt-len", "30")
 GSP += ("--gsp-question-len", "6", "--gsp-output-len", "4", "--gsp-num-turns", "3")
 
 
-def test_native_turns_grow_by_the_tokens_answered(bench: Bench, server: FakeServer) -> None:
+def test_native_turns_grow_by_the_tokens_answered(bench: Bench, server: Any) -> None:
     code, result = bench(*GSP, "--output-details", "--cache-report", "--warmup-requests", "0")
     assert code == 0
     assert result["completed"] == 12
@@ -337,7 +159,7 @@ def write_questions(tmp_path: Path) -> str:
 @pytest.mark.parametrize("reports_cache", [True, False])
 def test_chat_turns_carry_the_conversation(
     bench: Bench,
-    server: FakeServer,
+    server: Any,
     tmp_path: Path,
     reports_cache: bool,
     capsys: pytest.CaptureFixture[str],
@@ -374,7 +196,7 @@ def test_chat_turns_carry_the_conversation(
         assert "--enable-cache-report" in report
 
 
-def test_completions_send_text(bench: Bench, server: FakeServer, tmp_path: Path) -> None:
+def test_completions_send_text(bench: Bench, server: Any, tmp_path: Path) -> None:
     path = tmp_path / "custom.jsonl"
     path.write_text('{"prompt": "one two three", "output_len": 4}\n')
     flags = ("--dataset-name", "custom", "--dataset-path", str(path), "--served-model-name", "m")
@@ -387,7 +209,7 @@ def test_completions_send_text(bench: Bench, server: FakeServer, tmp_path: Path)
 
 
 def test_a_real_tokenizer_makes_text_and_counts_answers(
-    bench: Bench, server: FakeServer, tmp_path: Path
+    bench: Bench, server: Any, tmp_path: Path
 ) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -418,9 +240,7 @@ def test_a_real_tokenizer_makes_text_and_counts_answers(
     assert all(0 < token < 61 for token in server.bodies[-1][1]["input_ids"])
 
 
-def test_trace_replay_sends_the_shared_prefix(
-    bench: Bench, server: FakeServer, tmp_path: Path
-) -> None:
+def test_trace_replay_sends_the_shared_prefix(bench: Bench, server: Any, tmp_path: Path) -> None:
     rows = [
         {"timestamp": 0, "input_length": 600, "output_length": 2, "hash_ids": [1, 2]},
         {"timestamp": 40, "input_length": 700, "output_length": 2, "hash_ids": [1, 3]},
@@ -440,7 +260,7 @@ def test_trace_replay_sends_the_shared_prefix(
 
 
 def test_failures_are_counted_and_shown(
-    bench: Bench, server: FakeServer, capsys: pytest.CaptureFixture[str]
+    bench: Bench, server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.status = lambda number: 503 if number % 2 == 0 else 200
     code, result = bench(*RANDOM, "--output-details", "--max-concurrency", "1")
@@ -453,14 +273,14 @@ def test_failures_are_counted_and_shown(
     assert "no room" in captured.err
 
 
-def test_exit_code_when_nothing_completed(bench: Bench, server: FakeServer) -> None:
+def test_exit_code_when_nothing_completed(bench: Bench, server: Any) -> None:
     server.status = lambda number: 500
     code, result = bench(*RANDOM, "--warmup-requests", "0")
     assert (code, result["completed"], result["failed"]) == (1, 0, 6)
     assert result["mean_ttft_ms"] == 0.0
 
 
-def test_later_turns_fail_with_the_one_before(bench: Bench, server: FakeServer) -> None:
+def test_later_turns_fail_with_the_one_before(bench: Bench, server: Any) -> None:
     server.status = lambda number: 500 if number == 1 else 200
     _, result = bench(*GSP, "--warmup-requests", "0", "--output-details", "--max-concurrency", "1")
     assert (result["completed"], result["failed"]) == (9, 3)
@@ -468,7 +288,7 @@ def test_later_turns_fail_with_the_one_before(bench: Bench, server: FakeServer) 
 
 
 def test_failed_warm_up_and_missing_server_are_errors(
-    bench: Bench, server: FakeServer, capsys: pytest.CaptureFixture[str]
+    bench: Bench, server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.status = lambda number: 400
     assert bench(*RANDOM) == (2, {})
@@ -496,7 +316,7 @@ def test_empty_file_is_an_error(
 
 
 def test_interrupt_reports_what_was_measured(
-    bench: Bench, server: FakeServer, capsys: pytest.CaptureFixture[str]
+    bench: Bench, server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens_sent = 0
 

@@ -341,3 +341,51 @@ def test_vocab_size_from_a_model_folder(tmp_path: Path) -> None:
     assert vocab_size_of_config(str(tmp_path)) is None
     (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 77}}')
     assert vocab_size_of_config(str(tmp_path)) == 77
+
+
+def test_random_texts_are_cut_or_repeated_to_length(tmp_path: Path) -> None:
+    texts = ["11 12 13", "21 22 23 24 25 26 27 28"]
+    rows = [{"conversations": [{"value": text}, {"value": "31"}]} for text in texts]
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps(rows))
+    found = load_text(
+        [
+            *("--dataset-name", "random", "--dataset-path", str(path), "--num-prompts", "4"),
+            *("--random-input-len", "5", "--random-output-len", "6", "--random-range-ratio", "1"),
+        ]
+    )
+    turns = [conversation.turns[0] for conversation in found]
+    assert [(turn.prompt_tokens, turn.max_tokens) for turn in turns] == [(5, 6)] * 4
+    assert {turn.prompt for turn in turns} == {"11 12 13 11 12 ", "21 22 23 24 25 "}
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_longbench_questions_come_behind_their_text(tmp_path: Path, as_list: bool) -> None:
+    row = {"context": "11 12", "question": "why", **{f"choice_{c}": c.lower() for c in "ABCD"}}
+    path = tmp_path / "longbench"
+    path.write_text(json.dumps([row] if as_list else row))
+    [conversation] = load_text(["--dataset-name", "longbench_v2", "--dataset-path", str(path)])
+    [turn] = conversation.turns
+    assert turn.prompt == "11 12\n\nQuestion: why\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    assert turn.max_tokens == 10
+    path.write_text(json.dumps({**row, "choice_C": None}))
+    with pytest.raises(BenchError, match="choice_C"):
+        load_text(["--dataset-name", "longbench_v2", "--dataset-path", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("openai", '{"messages": []}', "messages"),
+        ("openai", '{"messages": [{"content": "x"}]}', "role"),
+        ("openai", '{"messages": [{"role": "user"}], "max_tokens": 0}', "max_tokens"),
+        ("agentic-trace", "[]", "conversations"),
+        ("agentic-trace", '{"conversations": [5]}', "list of turns"),
+    ],
+)
+def test_rows_at_fault_are_named(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    path = tmp_path / "rows"
+    path.write_text(content)
+    flags = ["--dataset-name", name, "--dataset-path", str(path), "--backend", "sglang-oai-chat"]
+    with pytest.raises(BenchError, match=problem):
+        load_text(flags)
