@@ -12,8 +12,8 @@ from sglang.srt.constrained.compiler import (
     MAX_GIVEN_UP,
     GrammarCompiler,
 )
-from sglang.srt.constrained.grammar import Grammar, GrammarError
-from sglang.srt.errors import ConfigError, Overloaded
+from sglang.srt.constrained.grammar import Grammar, GrammarError, NoWorker
+from sglang.srt.errors import ConfigError
 
 
 class Compiled:
@@ -164,6 +164,19 @@ def test_a_grammar_that_takes_too_long_is_given_up_and_its_worker_replaced():
     assert not setup.compiler.busy
 
 
+def test_a_grammar_that_was_given_up_is_not_begun_anew_while_its_worker_is_at_it():
+    setup = Setup(workers=1, limit_s=10)
+    setup.compiler.load_now()
+    setup.ask("slow")
+    setup.now_s = 10.0
+    setup.poll()
+    assert "within 10 s" in str(setup.ask("slow"))
+    assert len(setup.works) == 1
+    setup.run()
+    assert setup.poll() == {}
+    assert not isinstance(setup.ask("slow"), GrammarError | None)
+
+
 def test_the_time_of_those_that_wait_for_a_worker_does_not_count():
     setup = Setup(workers=1, limit_s=10)
     setup.compiler.load_now()
@@ -182,10 +195,12 @@ def test_after_too_many_were_given_up_no_further_one_is_taken_until_one_ends():
     setup.compiler.load_now()
     for i in range(MAX_GIVEN_UP):
         setup.ask(f"slow{i}")
+        if i == MAX_GIVEN_UP - 1:
+            setup.ask("behind")
         setup.now_s += 10
-        setup.poll()
-    with pytest.raises(Overloaded):
-        setup.ask("a")
+        outcomes = setup.poll()
+    assert isinstance(outcomes["behind"], NoWorker)
+    assert isinstance(setup.ask("a"), NoWorker)
     setup.run(1)
     setup.poll()
     assert setup.ask("a") is None
