@@ -38,7 +38,8 @@ def test_a_text_holds_these_thoughts(name: str, text: str, reasoning: str, answe
 @given(
     name=st.sampled_from(sorted(REASONING_PARSERS)),
     fragments=st.lists(
-        st.sampled_from(["<think>", "</think>", "<", "</th", " ", "\n", "a", "é"]), max_size=10
+        st.sampled_from(["<think>", "</think>", "<", "</th", " ", "\n", "a", "é", "\x1c"]),
+        max_size=10,
     ),
     cuts=st.lists(st.integers(0, 1000), max_size=10),
 )

@@ -131,7 +131,7 @@ FRAGMENTS = [
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "get_weather"),
     *(PARIS, HERMES_CALL, HERMES_NOW, LLAMA_CALL, LLAMA_NOW, MISTRAL_CALL, '{"name": ', '"now"'),
     *('"arguments": ', '"parameters": ', "{", "}", "[", "]", ",", ";", '"', "\\", " ", "\n"),
-    *("null", "12", "text", "<", "é"),
+    *("null", "12", "text", "<", "é", "\N{NO-BREAK SPACE}", "\x1c"),
 ]
 
 

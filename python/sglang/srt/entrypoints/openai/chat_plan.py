@@ -88,20 +88,20 @@ def _with_readers(
     # But for that of strict tools a grammar holds from the first token on: there is no thinking,
     # and no call but by its schema.
     free = constraint is None or (constraint is tools.constraint and tools.may_answer)
-    thinks = free and habit is not None
     calls = free or constraint is tools.constraint
+    separate = body.separate_reasoning is not False
 
-    def new_reader(separate: bool = body.separate_reasoning is not False) -> AnswerReader:
+    def new_reader() -> AnswerReader:
         return AnswerReader(
-            habit.parser(opening) if thinks and habit and separate else None,
+            habit.parser(opening) if habit and free and separate else None,
             tools.parser(tools.names) if tools.parser and calls else None,
             hold_reasoning=body.stream_reasoning is False,
         )
 
     def count_reasoning(answer: Answer) -> int:
-        if not thinks:
+        if habit is None or not free:
             return 0
-        return _reasoning_tokens(answer, new_reader(separate=True), state)
+        return _reasoning_tokens(answer, AnswerReader(habit.parser(opening)), state)
 
     return ChatPlan(prompt, new_reader, count_reasoning)
 

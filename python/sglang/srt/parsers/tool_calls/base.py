@@ -7,6 +7,7 @@ as the model wrote it; whitespace around calls is dropped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import ClassVar
 
@@ -14,6 +15,8 @@ from sglang.srt.parsers.pieces import CallArguments, CallStart, Message, Piece, 
 from sglang.srt.parsers.tool_calls.json_scan import WHITESPACE, CallObject
 
 _Step = Callable[[str], None]
+
+_SPACE = re.compile(r"\s")
 
 
 class ToolCallParser:
@@ -36,12 +39,22 @@ class ToolCallParser:
         self._object = CallObject(self._is_tool)
         self._calls = 0
         self._announced = False
+        self._spoken: list[str] = []  # of the text behind the last piece
         self._pieces: list[Piece] = []
 
     def feed(self, text: str) -> list[Piece]:
         """What is known now that was not before."""
-        for char in text:
-            self._step(char)
+        at = 0
+        while at < len(text):
+            # Most of most answers: words that no mark begins with.
+            if not self._held and self._step == self._in_text:
+                plain = _end_of_plain(text, at, self.mark[:1])
+                self._say(text[at:plain])
+                at = plain
+                if at == len(text):
+                    break
+            self._step(text[at])
+            at += 1
         return self._collected()
 
     def finish(self) -> list[Piece]:
@@ -65,6 +78,7 @@ class ToolCallParser:
     def _collected(self) -> list[Piece]:
         if self._announced:
             self._say_arguments()
+        self._end_text()
         pieces, self._pieces = self._pieces, []
         return pieces
 
@@ -114,6 +128,7 @@ class ToolCallParser:
     def _announce(self, name: str) -> None:
         self._announced = True
         self._raw.clear()
+        self._end_text()
         self._pieces.append(CallStart(self._calls, name))
 
     def _say_arguments(self) -> None:
@@ -140,10 +155,18 @@ class ToolCallParser:
         self._step = self._in_text
 
     def _say(self, text: str) -> None:
-        if not text:
-            return
-        last = self._pieces[-1] if self._pieces else None
-        if isinstance(last, Text):
-            self._pieces[-1] = Text(last.text + text)
-        else:
-            self._pieces.append(Text(text))
+        if text:
+            self._spoken.append(text)
+
+    def _end_text(self) -> None:
+        if self._spoken:
+            self._pieces.append(Text("".join(self._spoken)))
+            self._spoken.clear()
+
+
+def _end_of_plain(text: str, start: int, beginning: str) -> int:
+    """Where the first whitespace is, or the first character that may begin a mark."""
+    found = _SPACE.search(text, start)
+    end = found.start() if found else len(text)
+    marked = text.find(beginning, start, end) if beginning else -1
+    return end if marked < 0 else marked
