@@ -102,6 +102,13 @@ def test_the_port_is_the_first_free_one(fake_server):
         assert free_port("127.0.0.1", port) > port
 
 
+def test_any_port_can_be_the_first_one_tried(monkeypatch):
+    assert free_port("127.0.0.1", 50000) >= 50000
+    monkeypatch.setattr(runtime_module, "PORTS_TRIED", 0)
+    with pytest.raises(OSError, match="port: none is free from 50000"):
+        free_port("127.0.0.1", 50000)
+
+
 def test_a_runtime_that_is_no_longer_used_stops_its_server(fake_server):
     runtime = sgl.Runtime(model_path="m", launch_timeout=30)
     process = psutil.Process(runtime.pid)

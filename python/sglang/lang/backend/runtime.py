@@ -24,7 +24,8 @@ from sglang.lang.chat_format import ChatTemplate
 from sglang.lang.errors import BackendError
 
 SERVER_MODULE = "sglang.launch_server"
-FIRST_PORT, LAST_PORT = 30000, 40000
+FIRST_PORT = 30000
+PORTS_TRIED = 10000
 POLL_S = 0.2
 HEALTH_LIMIT_S = 20.0
 STOP_LIMIT_S = 30.0
@@ -209,12 +210,13 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 def free_port(host: str, first: int) -> int:
     """The first from there on that nobody listens at; OSError if there is none."""
-    for port in range(first, LAST_PORT):
+    last = min(first + PORTS_TRIED, 65536) - 1
+    for port in range(first, last + 1):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             return port
-    raise OSError(f"port: none is free from {first} to {LAST_PORT - 1}")
+    raise OSError(f"port: none is free from {first} to {last}")
 
 
 def _wait_ready(
