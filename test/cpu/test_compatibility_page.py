@@ -53,7 +53,7 @@ def test_fields_with_a_neutral_value_are_not_called_served(compare: ModuleType) 
     assert fields["/generate text"].status == compare.SAME
     assert fields["/generate lora_path"].status == compare.NOT_YET
     assert "refused unless `null`" in fields["/generate lora_path"].how
-    assert fields["/generate no_logs"].how == "taken, changes nothing"
+    assert fields["/generate custom_labels"].how == "taken, changes nothing"
     assert fields["/v1/chat/completions messages"].status == compare.SAME
 
 

@@ -25,7 +25,7 @@ from sglang.srt.ipc import IpcNames, Sender, ipc_directory
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager, decode_with
 from sglang.srt.managers.prompts import Limits, PromptEncoder
 from sglang.srt.managers.request_log import RequestLog
-from sglang.srt.managers.scripted_scheduler import ScriptedScheduler
+from sglang.srt.managers.scripted_scheduler import ENGINE_INFO, ScriptedScheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.messages import FinishReason, GenerateRequest, Shutdown
 from sglang.srt.observability.request_metrics import RequestMetrics
@@ -172,7 +172,7 @@ def serving(tokenizer: Any, **flags: Any) -> Iterator[Served]:
                 metrics=RequestMetrics() if args.enable_metrics else None,
             )
             await manager.start()
-            state = ServerState(args, manager, model, {"max_total_num_tokens": 1000})
+            state = ServerState(args, manager, model, ENGINE_INFO)
             state.phase = Phase.SERVING
             server = HttpServer(build_app(state), "warning")
             made.append((state, asyncio.get_running_loop(), server))

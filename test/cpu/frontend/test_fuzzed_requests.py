@@ -23,7 +23,9 @@ HANGS_S = 10
 FLAGS = {"enable_metrics": True}
 
 # Bodies whose model the handler does not name; everything else must be described.
-_NOT_DESCRIBED: frozenset[str] = frozenset()
+_NOT_DESCRIBED = frozenset(
+    {"/encode", "/classify", "/v1/classify", "/v1/rerank", "/v1/embeddings"}  # refused whole
+)
 
 # What a body needs at least, by field; each body has only those of its fields.
 ENOUGH: dict[str, Any] = {

@@ -573,7 +573,7 @@ class TestOperations:
             info = served.client.get(path, headers={"authorization": "Bearer hush"})
         assert "hush" not in info.text
         [internal] = info.json()["internal_states"]
-        assert internal["running"] == 0
+        assert internal["running_requests"] == 0
         assert info.json()["max_total_num_tokens"] == 1000
         assert info.json()["port"] == 30000
 

@@ -237,7 +237,7 @@ def test_draining_finishes_what_is_in_flight(engine: Any, manager_for: Any) -> N
 def test_control_calls(engine: Any, manager_for: Any) -> None:
     async def body(manager: TokenizerManager) -> None:
         state, flushed = await asyncio.gather(manager.engine_state(), manager.flush_cache(0))
-        assert state.data["running"] == 0
+        assert state.data["running_requests"] == 0
         assert flushed.ok
         assert await manager.probe(5)
 

@@ -28,6 +28,7 @@ from sglang.srt.messages import (
     GenerateRequest,
     GetState,
     GetTimeline,
+    GetWeights,
     Operation,
     SetPolicy,
     Shutdown,
@@ -37,6 +38,11 @@ from sglang.srt.messages import (
     ToScheduler,
 )
 from sglang.srt.server_args import ServerArgs
+
+# What it says of itself when it is ready.
+ENGINE_INFO = {"max_total_num_tokens": 1000, "max_running_requests": 100}
+# What operations tell that were not given anything else to tell.
+_OPERATION_DATA: dict[type[Operation], dict[str, Any]] = {GetWeights: {"values": []}}
 
 # The ids a request gets, in order; a FinishReason ends it early.
 Script = Callable[[GenerateRequest], Iterable[int | FinishReason]]
@@ -169,7 +175,14 @@ class ScriptedScheduler:
                 self._to_tokenizer.send(ControlReply(call_id=message.call_id, ok=ok, message=text))
             case GetState():
                 state = {
-                    "running": len(self._running),
+                    "running_requests": len(self._running),
+                    "waiting_requests": 0,
+                    "waiting_tokens": 0,
+                    "used_tokens": 0,
+                    "token_usage": 0.0,
+                    "last_gen_throughput": 0.0,
+                    "paused": False,
+                    "memory_usage": {},
                     "pd_multiplex": {"policy": self.timeline.policy, **self.timeline.counts},
                 }
                 self._to_tokenizer.send(ControlReply(call_id=message.call_id, ok=True, data=state))
@@ -179,7 +192,9 @@ class ScriptedScheduler:
                 self._to_tokenizer.send(self._set_policy(message))
             case _ if isinstance(message, Operation):
                 self.operations.append(message)
-                data = self.operation_data.get(type(message), {})
+                data = self.operation_data.get(
+                    type(message), _OPERATION_DATA.get(type(message), {})
+                )
                 reply = ControlReply(call_id=message.call_id, ok=True, message="Done.", data=data)
                 self._to_tokenizer.send(reply)
 
@@ -291,5 +306,5 @@ def run_scripted_scheduler(
     """Process main with the default script."""
     with zmq.Context() as context:
         scheduler = ScriptedScheduler(context, ipc, token_interval_s=token_interval_s)
-        announce_ready(ready, {"max_total_num_tokens": 1000})
+        announce_ready(ready, ENGINE_INFO)
         scheduler.run()
