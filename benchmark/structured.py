@@ -69,12 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The JSON object. args: see main."""
     asked = cases(args.seed, args.schemas, args.regexes)
-    started_s = time.monotonic()
     limits = httpx.Limits(max_connections=None)
     with (
         httpx.Client(base_url=args.base_url, timeout=ANSWER_LIMIT_S, limits=limits) as client,
         ThreadPoolExecutor(args.concurrency) as pool,
     ):
+        try:
+            client.get("/server_info").raise_for_status()
+        except httpx.HTTPError as error:
+            sys.exit(f"no server answers at {args.base_url}: {error}")
+        started_s = time.monotonic()
         outcomes = list(
             pool.map(
                 lambda place: _ask(client, asked[place], place, args.max_new_tokens),

@@ -159,3 +159,17 @@ def test_a_scraper_that_reads_open_metrics_gets_it() -> None:
     )
     assert content_type.startswith("application/openmetrics-text")
     assert body.endswith(b"# EOF\n")
+
+
+def test_grammars_are_counted_by_upstreams_names() -> None:
+    counts = {"asked": 9, "cache_hits": 4, "aborted": 1, "timed_out": 2, "failed": 3}
+    samples = scrape(
+        RequestMetrics(), {"grammars": {"waiting": 5, "compile_s": 1.5, "compiled": 2, **counts}}
+    )
+    assert samples[("sglang:num_grammar_queue_reqs",)] == 5
+    assert samples[("sglang:num_grammar_total",)] == 9
+    assert samples[("sglang:num_grammar_cache_hit_total",)] == 4
+    assert samples[("sglang:num_grammar_aborted_total",)] == 1
+    assert samples[("sglang:num_grammar_timeout_total",)] == 2
+    assert samples[("sglang:num_grammar_failed_total",)] == 3
+    assert samples[("sglang:grammar_compilation_seconds_total",)] == 1.5

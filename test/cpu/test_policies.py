@@ -17,6 +17,8 @@ from drift_scheduler.dispatcher import Forecast
 from drift_scheduler.host_delay import START_S
 from drift_scheduler.partition import Partition, PartitionTable
 from drift_scheduler.policies.adaptive import LAUNCH_AHEAD_S, Adaptive
+from drift_scheduler.policies.by_batch_size import SplitByBatchSize, even_thresholds
+from drift_scheduler.policies.chunked import Chunked
 from drift_scheduler.policies.factory import PolicyFactory
 from drift_scheduler.policies.modes import (
     FUSED_STEP_TOKENS,
@@ -43,6 +45,7 @@ from drift_scheduler.policies.order import (
     fewest_late,
 )
 from drift_scheduler.policies.static import StaticSplit
+from drift_scheduler.policies.take_turns import TakeTurns
 from drift_scheduler.policies.temporal import Temporal
 from drift_scheduler.shapes import DecodeShape, PrefillShape
 from drift_scheduler.view import LoadView, PrefillView
@@ -638,3 +641,33 @@ def test_a_backlog_agrees_with_a_plain_dict(actions):
     assert waiting.first_due(4.0, 2) == [entry for entry in by_due if entry.due_s >= 4.0][:2]
     by_arrival = sorted(plain.values(), key=lambda p: (p.arrival_s, p.key))
     assert waiting.oldest(3) == by_arrival[:3]
+
+
+@pytest.mark.parametrize("prefill", [None, active()])
+@pytest.mark.parametrize("prompts", [(), (prompt("waiting"),)])
+def test_no_policy_launches_a_step_that_awaits_tokens(prompts, prefill):
+    """Each of them would, did it not await any."""
+    policies = [
+        ADAPTIVE,
+        StaticSplit(TABLE, TABLE.splits[1]),
+        Temporal(TABLE, DEVICE, tbt_s=0.05),
+        TakeTurns(TABLE),
+        Chunked(TABLE, 256),
+        SplitByBatchSize(TABLE, even_thresholds(len(TABLE.splits), 36)),
+    ]
+    for policy in policies:
+        launched = []
+        for awaits in (False, True):
+            view = load(
+                *prompts,
+                prefill=prefill,
+                decode_in_flight=1,
+                decode_ends_s=1.0,
+                decode_step_s=0.02,
+                awaits_tokens=awaits,
+            )
+            launched.append(policy.dispatch(view, 0.9999).decode)
+        before, after = launched
+        assert not after, type(policy).__name__
+        takes_turns = isinstance(policy, TakeTurns | Temporal | Chunked) and prefill is not None
+        assert before or takes_turns, type(policy).__name__

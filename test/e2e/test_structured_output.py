@@ -13,7 +13,7 @@ from benchmark.structured_cases import cases
 
 PROMPT = "Here is an example of what was asked for:\n"
 STORY = "The lighthouse keeper climbed the stairs one last time, and"
-LIMIT = 200
+LIMIT = 150
 
 
 def generate(client: Any, text: str, **sampling: Any) -> Any:
@@ -24,10 +24,12 @@ def test_constrained_and_other_requests_side_by_side(client: Any) -> None:
     """Other requests get the tokens that they get alone."""
     plain = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
     alone = client.generate(STORY, plain)["output_ids"]
-    asked = cases(seed=7, schemas=8, regexes=4)
+    asked = cases(seed=7, schemas=5, regexes=3)
     with ThreadPoolExecutor(16) as pool:
         constrained = [
-            pool.submit(generate, client, f"{i} {PROMPT}", **{case.kind: case.text})
+            pool.submit(
+                generate, client, f"{i} {PROMPT}", **{case.kind: case.text, "sampling_seed": i}
+            )
             for i, case in enumerate(asked)
         ]
         others = [pool.submit(client.generate, STORY, plain) for _ in range(3)]
@@ -38,7 +40,7 @@ def test_constrained_and_other_requests_side_by_side(client: Any) -> None:
         if answer["meta_info"]["finish_reason"]["type"] == "stop":
             assert case.problem(answer["text"]) is None
             finished += 1
-    assert finished >= len(asked) // 2
+    assert finished >= 3  # regexes end soon, schemas may run into the limit
     grammars = client.state()["grammars"]
     assert grammars["compiled"] >= len(asked)
     assert grammars["waiting"] == 0

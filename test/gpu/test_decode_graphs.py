@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from drift_scheduler.lane import Phase
+from sglang.srt.constrained.grammar import words_of
 from sglang.srt.layers.attention.triton_backend import TritonAttention
 from sglang.srt.layers.matmul.base import TorchMatmul
 from sglang.srt.layers.penalties import IN_PROMPT, History
@@ -19,7 +20,7 @@ from sglang.srt.logprobs import LogprobWish
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
-from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
+from sglang.srt.model_executor.host_batch import HostBatch, SampleWish, TokenMask
 from sglang.srt.model_executor.model_runner import LaneKernels, ModelRunner
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
@@ -243,6 +244,37 @@ def test_log_probabilities_arrive_in_pinned_memory_with_those_of_a_prompt(runner
     np.testing.assert_allclose(scores.top_values, expected.topk(4).values, atol=1e-4)
     at_top = expected.gather(1, torch.from_numpy(scores.top_ids.astype(np.int64)))
     np.testing.assert_allclose(at_top, scores.top_values, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_graphed_step_chooses_among_the_tokens_that_its_mask_allows(
+    runner, graphs, lanes, temperature
+):
+    """And leaves them for the next step, whose launch does not wait for the host."""
+    allowed = [{3, 4}, {999}]
+    mask = TokenMask(np.array([0, 2]), np.stack([words_of(ids, 1000) for ids in allowed]))
+    for index in range(len(lanes.table)):
+        lane = lanes.lane(Phase.DECODE, lanes.table[index])
+        told = []
+        for used in (None, graphs):
+            runner.graphs = used
+            with torch.inference_mode():
+                runner.relay.copy_(torch.arange(len(runner.relay)) * 37 % 1000)
+            torch.cuda.synchronize()
+            batch = decode_batch([300, 7, 64], temperature=temperature)
+            free = runner.start(batch)
+            lane.launch(free.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
+            run = runner.start(dataclasses.replace(batch, mask=mask))
+            with torch.inference_mode():
+                runner.relay.copy_(torch.arange(len(runner.relay)) * 37 % 1000)
+            torch.cuda.synchronize()
+            lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
+            tokens = run.tokens()
+            assert tokens[0] in allowed[0] and tokens[2] in allowed[1]
+            assert tokens[1] == free.tokens()[1]
+            assert runner.relay[1:4].tolist() == tokens
+            told.append(tokens)
+        assert told[0] == told[1], str(lane.partition)
 
 
 def test_larger_batches_than_the_largest_graph_run_eagerly(graphs):

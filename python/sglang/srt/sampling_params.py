@@ -23,6 +23,7 @@ MAX_ANSWERS = 128
 MAX_GRAMMAR_BYTES = 1 << 20  # larger ones are a mistake, and would travel with every answer
 MAX_COUNT = 2**31 - 1  # no sequence, vocabulary or batch is larger
 
+_JSON_KINDS = ("json_schema", "structural_tag")
 _NUMBERS = (
     "temperature",
     "top_p",
@@ -31,7 +32,6 @@ _NUMBERS = (
     "presence_penalty",
     "repetition_penalty",
 )
-_JSON_KINDS = ("json_schema", "structural_tag")
 
 # Fields of SGLang that this server does not serve yet, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -164,6 +164,19 @@ def test_a_grammar_that_takes_too_long_is_given_up_and_its_worker_replaced():
     assert not setup.compiler.busy
 
 
+def test_a_grammar_that_was_given_up_is_not_begun_anew_while_its_worker_is_at_it():
+    setup = Setup(workers=1, limit_s=10)
+    setup.compiler.load_now()
+    setup.ask("slow")
+    setup.now_s = 10.0
+    setup.poll()
+    assert "within 10 s" in str(setup.ask("slow"))
+    assert len(setup.works) == 1
+    setup.run()
+    assert setup.poll() == {}
+    assert not isinstance(setup.ask("slow"), GrammarError | None)
+
+
 def test_the_time_of_those_that_wait_for_a_worker_does_not_count():
     setup = Setup(workers=1, limit_s=10)
     setup.compiler.load_now()

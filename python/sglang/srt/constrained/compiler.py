@@ -126,6 +126,8 @@ class GrammarCompiler:
             return known
         if grammar in self._started_s or grammar in self._asked:
             return None
+        if grammar in self._given_up:
+            return self._too_slow()
         if len(self._given_up) >= MAX_GIVEN_UP:
             raise Overloaded(
                 f"{len(self._given_up)} grammars are taking too long to compile, no further one is "
@@ -185,9 +187,10 @@ class GrammarCompiler:
             del self._started_s[grammar]
             self._given_up.add(grammar)
             self.counts.timed_out += 1
-            outcomes[grammar] = GrammarError(
-                f"could not be compiled within {self._limit_s:g} s: it is too complex"
-            )
+            outcomes[grammar] = self._too_slow()
+
+    def _too_slow(self) -> GrammarError:
+        return GrammarError(f"could not be compiled within {self._limit_s:g} s: it is too complex")
 
     def _start(self) -> None:
         """As many as there are workers for."""

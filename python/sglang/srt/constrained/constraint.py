@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 
 import numpy as np
 
@@ -38,16 +38,14 @@ class Constraint:
         vocab_size = backend.vocab_size
         self.end_ids = backend.end_ids | (backend.special_ids & {*sampling.stop_token_ids})
 
-        def words(tokens: Iterable[int]) -> Words:
-            return words_of(tokens, vocab_size)
-
-        self._ends = words(self.end_ids)
-        self._own_ends = words(backend.end_ids)
-        self._stops = words([*self.end_ids, *sampling.stop_token_ids])
-        self._avoided = self._own_ends if sampling.ignore_eos else words(())
+        self._ends = _words_of(self.end_ids, vocab_size)
+        self._own_ends = _words_of(backend.end_ids, vocab_size)
+        self._stops = _words_of(self.end_ids | {*sampling.stop_token_ids}, vocab_size)
+        self._avoided = self._own_ends if sampling.ignore_eos else np.zeros_like(self._ends)
         hidden = backend.special_ids - backend.end_ids
-        self._text = ~words(() if grammar.kind == "structural_tag" else hidden)
-        self._text &= words(range(vocab_size))  # a row may be padded
+        if grammar.kind == "structural_tag":
+            hidden = frozenset()
+        self._text = _all_but(hidden, vocab_size)
         self._allowed: Words | None = None
         self._dead_end: str | None = None
 
@@ -84,3 +82,14 @@ class Constraint:
             self._dead_end = "no token of the model can follow here"
             return self._own_ends
         return words
+
+
+# A vocabulary is large and requests are many: each of their sets is made once.
+_words_of = functools.lru_cache(maxsize=64)(words_of)
+
+
+@functools.lru_cache(maxsize=4)
+def _all_but(hidden: frozenset[int], vocab_size: int) -> Words:
+    """A row may be padded: what is behind the vocabulary is not in it."""
+    everything = words_of(range(vocab_size), vocab_size)
+    return everything & ~words_of(hidden, vocab_size)

@@ -26,16 +26,21 @@ def make_grammars(args: ServerArgs, vocab_size: int, eos_token_ids: frozenset[in
     return GrammarQueue(compiler)
 
 
+def require_installed(name: str | None) -> None:
+    """Raises ConfigError if the library of that name is missing; "none", or no name, needs none."""
+    if name not in (None, "none") and importlib.util.find_spec(name) is None:
+        raise ConfigError(
+            f"--grammar-backend {name}: {name} is not installed, "
+            "pip install 'sglang-drift[grammar]' has it"
+        )
+
+
 def load_backend(
     args: ServerArgs, vocab_size: int, eos_token_ids: frozenset[int]
 ) -> GrammarBackend:
     """vocab_size: of the model. Takes seconds. Raises ConfigError."""
     name = args.grammar_backend or DEFAULT_BACKEND
-    if importlib.util.find_spec(name) is None:
-        raise ConfigError(
-            f"--grammar-backend {name}: {name} is not installed, "
-            "pip install 'sglang-drift[grammar]' has it"
-        )
+    require_installed(name)
     from sglang.srt.served_model import load_served_tokenizer
 
     tokenizer = load_served_tokenizer(args)

@@ -78,8 +78,6 @@ def words_for(vocab_size: int) -> int:
 
 def words_of(tokens: Iterable[int], vocab_size: int) -> Words:
     """The set of these tokens; those outside the vocabulary are left out."""
-    words = np.zeros(words_for(vocab_size), dtype=np.uint32)
-    for token in tokens:
-        if 0 <= token < vocab_size:
-            words[token >> 5] |= np.uint32(1 << (token & 31))
-    return words.view(np.int32)
+    bits = np.zeros(32 * words_for(vocab_size), dtype=np.bool_)
+    bits[[token for token in tokens if 0 <= token < vocab_size]] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)

@@ -78,6 +78,7 @@ class BatchBuilder:
             samples=tuple([requests[i].wish for i in sampled]),
             sample_tokens=(np.cumsum(new_lens) - 1)[sampled],
             sample_rows=rows[sampled],
+            mask=_mask([requests[i] for i in sampled]),
             scored=_scored(decode_reqs, fills),
             histories=tuple(
                 [
@@ -86,7 +87,6 @@ class BatchBuilder:
                     if fill.samples and fill.request.sampling.penalises
                 ]
             ),
-            mask=_mask([requests[i] for i in sampled]),
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from drift_scheduler.gang import Gang
 from drift_scheduler.timeline import LaneRun, Timeline
-from sglang.srt.constrained.factory import make_grammars
+from sglang.srt.constrained.factory import make_grammars, require_installed
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
 from sglang.srt.managers.outbox import Outbox
@@ -49,6 +49,7 @@ def build_engine(
 
     Raises ConfigError naming the flag.
     """
+    require_installed(server_args.grammar_backend)  # not known only after minutes of loading
     executor = bring_up(server_args)
     config = executor.config
     page_size = server_args.page_size

@@ -73,9 +73,9 @@ class HostBatch:
     table_index, table_slots: flat writes to the slot table that this launch brings up to date.
     samples: a wish for every request that gets a token; sample_tokens [samples], the flattened
     token index whose logits choose it; sample_rows [samples] where it goes in the relay table.
+    mask: None if no sample is constrained.
     scored: parts of prompts, beside the samples, that log-probabilities are wanted of.
     histories: of the samples with penalties that do not decode; their owners are their wishes.
-    mask: None if no sample is constrained.
     """
 
     decode_reqs: int
@@ -90,9 +90,9 @@ class HostBatch:
     samples: tuple[SampleWish, ...]
     sample_tokens: Ints
     sample_rows: Ints
+    mask: TokenMask | None = None
     scored: tuple[PromptPart, ...] = ()
     histories: tuple[History, ...] = ()
-    mask: TokenMask | None = None
 
     @property
     def is_decode(self) -> bool:

@@ -30,6 +30,15 @@ _STATE_GAUGES = (
     ("token_usage", "token_usage", "Share of the KV pool in use."),
     ("last_gen_throughput", "gen_throughput", "Tokens a second, as in the last log line."),
 )
+# (key in the state's grammars, name, help)
+_GRAMMAR_COUNTERS = (
+    ("asked", "num_grammar", "Requests with a grammar."),
+    ("cache_hits", "num_grammar_cache_hit", "Of them, those whose grammar was known."),
+    ("aborted", "num_grammar_aborted", "Requests that ended while their grammar was compiled."),
+    ("timed_out", "num_grammar_timeout", "Grammars whose compilation was given up."),
+    ("failed", "num_grammar_failed", "Grammars that the library refused."),
+    ("compile_s", "grammar_compilation_seconds", "Time that compilation took."),
+)
 _INFO_GAUGES = (("max_total_num_tokens", "max_total_num_tokens", "Size of the KV pool in tokens."),)
 _PHASES = ("prefill", "decode", "both", "fused")
 _LIMITS = {"ttft": "met_ttft", "tbt": "met_tbt", "both": "met"}
@@ -81,9 +90,18 @@ class _Snapshot(Collector):
                 "Times that a request gave its memory back and started anew.",
                 self._state["retractions"],
             )
+        yield from self._of_grammars(self._state.get("grammars", {}))
         yield from self._of_lanes(self._state.get("pd_multiplex", {}))
         if "slo" in self._state:
             yield from self._of_slo(self._state["slo"])
+
+    def _of_grammars(self, grammars: Mapping[str, Any]) -> Iterator[Metric]:
+        if "waiting" in grammars:
+            text = "Requests that wait for their grammar."
+            yield self._gauge("num_grammar_queue_reqs", text, grammars["waiting"])
+        for key, name, text in _GRAMMAR_COUNTERS:
+            if key in grammars:
+                yield self._counter(name, text, grammars[key])
 
     def _of_requests(self) -> Iterator[Metric]:
         seen = self._requests
