@@ -19,7 +19,7 @@ from drift_scheduler.policies.by_batch_size import SplitByBatchSize
 from drift_scheduler.policies.chunked import Chunked
 from drift_scheduler.policies.take_turns import TakeTurns
 from drift_scheduler.timeline import Timeline
-from sglang.srt.constrained.compiler import GrammarCompiler
+from sglang.srt.constrained.compiler import MAX_GIVEN_UP, GrammarCompiler
 from sglang.srt.constrained.grammar_queue import GrammarQueue
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.outbox import Outbox
@@ -271,6 +271,18 @@ def test_a_compilation_that_takes_too_long_gets_400_while_others_are_served(serv
     assert engine.finish["slow"].status_code == 400
     assert "within 10 s" in (engine.finish["slow"].message or "")
     assert engine.engine.idle
+
+
+def test_without_a_worker_left_a_grammar_gets_503(server):
+    engine = server(inline=False)
+    for i in range(MAX_GIVEN_UP):
+        engine.ask(f"slow{i}", regex="a" * (i + 1))
+        engine.clock.advance_to(engine.clock.now_s + 10)
+        engine.settle()
+    engine.ask("one", regex="ab")
+    engine.drain()
+    assert engine.finish["one"].status_code == 503
+    assert {engine.finish[f"slow{i}"].status_code for i in range(MAX_GIVEN_UP)} == {400}
 
 
 def test_requests_that_wait_for_grammars_count_as_queued(server):

@@ -18,8 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sglang.srt.constrained.grammar import CompiledGrammar, Grammar, GrammarBackend, GrammarError
-from sglang.srt.errors import Overloaded, SglangError
+from sglang.srt.constrained.grammar import (
+    CompiledGrammar,
+    Grammar,
+    GrammarBackend,
+    GrammarError,
+    NoWorker,
+)
+from sglang.srt.errors import SglangError
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +124,7 @@ class GrammarCompiler:
         os.close(self._bell)
 
     def ask(self, grammar: Grammar) -> Outcome | None:
-        """What is known of it; None: `poll` will say. Raises Overloaded."""
+        """What is known of it; None: `poll` will say."""
         self.counts.asked += 1
         known = self._load_error or self._cache.get(grammar)
         if known is not None:
@@ -129,10 +135,7 @@ class GrammarCompiler:
         if grammar in self._given_up:
             return self._too_slow()
         if len(self._given_up) >= MAX_GIVEN_UP:
-            raise Overloaded(
-                f"{len(self._given_up)} grammars are taking too long to compile, no further one is "
-                "taken until one of them is done"
-            )
+            return self._no_worker()
         self._asked.append(grammar)
         self._start()
         return None
@@ -183,11 +186,20 @@ class GrammarCompiler:
             self._asked.clear()
         for grammar, started_s in list(self._started_s.items()):
             if now_s - started_s < self._limit_s:
-                return  # the others have begun later
+                break  # the others have begun later
             del self._started_s[grammar]
             self._given_up.add(grammar)
             self.counts.timed_out += 1
             outcomes[grammar] = self._too_slow()
+        if len(self._given_up) >= MAX_GIVEN_UP:
+            outcomes |= dict.fromkeys(self._asked, self._no_worker())
+            self._asked.clear()
+
+    def _no_worker(self) -> GrammarError:
+        return NoWorker(
+            f"{len(self._given_up)} grammars are taking too long to compile, no further one is "
+            "taken until one of them is done"
+        )
 
     def _too_slow(self) -> GrammarError:
         return GrammarError(f"could not be compiled within {self._limit_s:g} s: it is too complex")
@@ -200,11 +212,7 @@ class GrammarCompiler:
                 self._loading_since_s = self._clock()
                 self._spawn(self._load_for_us)
             return
-        while (
-            self._asked
-            and len(self._started_s) < self._workers
-            and len(self._given_up) < MAX_GIVEN_UP
-        ):
+        while self._asked and len(self._started_s) < self._workers:
             grammar = self._asked.popleft()
             self._started_s[grammar] = self._clock()
             self._spawn(lambda grammar=grammar: self._compile(backend, grammar))  # type: ignore[misc]

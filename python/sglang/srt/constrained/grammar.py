@@ -26,6 +26,14 @@ class Grammar(NamedTuple):
 class GrammarError(Exception):
     """The grammar cannot be followed; the text is for the client."""
 
+    status_code = 400
+
+
+class NoWorker(GrammarError):
+    """The grammar may be well, but there is nobody to compile it."""
+
+    status_code = 503
+
 
 class Matcher(Protocol):
     """How far one answer has come in its grammar."""

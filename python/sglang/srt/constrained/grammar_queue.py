@@ -38,7 +38,7 @@ class GrammarQueue:
 
     def add(self, request: Request) -> None:
         """The request has a grammar, and waits until `take`, which follows at once, or a later one
-        gives it back. Raises Overloaded."""
+        gives it back."""
         grammar = request.grammar
         assert grammar is not None, f"{request.rid} has no grammar"
         outcome: Outcome | None
@@ -78,6 +78,6 @@ class GrammarQueue:
         grammar = request.grammar
         assert grammar is not None
         if isinstance(outcome, GrammarError):
-            return GrammarError(f"sampling_params.{grammar.kind}: {outcome}")
+            return type(outcome)(f"sampling_params.{grammar.kind}: {outcome}")
         assert self.compiler is not None
         return Constraint(grammar, outcome, self.compiler.backend, request.sampling)

@@ -32,7 +32,6 @@ from drift_scheduler.first_tokens import FirstTokens, may_hold
 from drift_scheduler.gang import DecodeLoad
 from sglang.srt.constrained.grammar import GrammarError
 from sglang.srt.constrained.grammar_queue import GrammarQueue
-from sglang.srt.errors import Overloaded
 from sglang.srt.managers.admission import Ask, EngineLimits, PromptAdmission
 from sglang.srt.managers.batch_builder import BatchBuilder, sequence_of
 from sglang.srt.managers.jobs import DecodeBatch, Fill, PrefillBatch
@@ -170,14 +169,19 @@ class ServingEngine:
         elif max_queued is not None and self.queued >= max_queued:
             self._refuse(request, 503, f"the queue is full (--max-queued-requests {max_queued})")
         else:
-            self._accept(request)
+            self._by_rid[request.rid] = request
+            if request.grammar is None:
+                self._admission.add(request, self._filling())
+            else:
+                self.grammars.add(request)
+                self.take_compiled()
 
     def take_compiled(self) -> None:
         """Requests whose grammar has been compiled wait for their prefill from now on."""
         for request, outcome in self.grammars.take():
             if isinstance(outcome, GrammarError):
                 del self._by_rid[request.rid]
-                self._refuse(request, 400, str(outcome))
+                self._refuse(request, outcome.status_code, str(outcome))
             else:
                 request.constrain(outcome)
                 self._admission.add(request, self._filling())
@@ -312,19 +316,6 @@ class ServingEngine:
             self._settle_fills(job.fills, tokens)
             self._admission.prompts_completed()
             self._admission.filling_changed(self._filling())
-
-    def _accept(self, request: Request) -> None:
-        if request.grammar is None:
-            self._by_rid[request.rid] = request
-            self._admission.add(request, self._filling())
-            return
-        try:
-            self.grammars.add(request)
-        except Overloaded as error:
-            self._refuse(request, error.status_code, str(error))
-            return
-        self._by_rid[request.rid] = request
-        self.take_compiled()
 
     def _refuse(self, request: Request, status_code: int, message: str) -> None:
         request.finish = FinishReason(type="abort", message=message, status_code=status_code)
