@@ -220,8 +220,8 @@ class FakeRun:
 
     def _sample(self) -> None:
         runner, batch = self._runner, self._batch
-        hashes = runner.slot_hashes[batch.token_slots]
         allowed = _allowed_tokens(batch.mask)
+        hashes = runner.slot_hashes[batch.token_slots]
         samples: dict[int, TokenScores] = {}
         for i, (wish, token_index, position) in enumerate(
             zip(batch.samples, batch.sample_tokens, batch.sample_positions, strict=True)
