@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from sglang.srt.entrypoints.process_group import ChildDeath, ProcessGroup
 from sglang.srt.entrypoints.server_state import Phase, ServerState
 from sglang.srt.entrypoints.start_up import end_children
 from sglang.srt.errors import SglangError
+from sglang.srt.garbage import freeze_what_is_here
 from sglang.srt.ipc import IpcNames, remove_ipc_directory
 from sglang.srt.managers.prompts import Prompt
 from sglang.srt.sampling_params import SamplingParams
@@ -110,8 +110,7 @@ class Lifecycle:
         await self._server.listening.wait()
         if not self._state.args.skip_server_warmup:
             await self._first_request()
-        gc.collect()
-        gc.freeze()  # app, tokenizer and libraries stay: walking them again would stop all streams
+        freeze_what_is_here()
         self._state.startup_s = time.monotonic() - self._started_s
         self._state.phase = Phase.SERVING
         logger.info("The server is fired up and ready to roll!")

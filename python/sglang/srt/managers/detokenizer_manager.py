@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from sglang.srt.garbage import freeze_what_is_here
 from sglang.srt.ipc import IpcNames, Receiver, Sender, announce_ready
 from sglang.srt.managers.detokenizer import BatchDecode, IncrementalDetokenizer
 from sglang.srt.messages import (
@@ -41,8 +41,7 @@ class DetokenizerManager:
                     if isinstance(message, Shutdown):
                         return
                     if isinstance(message, FreezeGarbage):
-                        gc.collect()
-                        gc.freeze()
+                        freeze_what_is_here()
                     else:
                         self._handle(message)
         finally:
@@ -89,7 +88,6 @@ def run_detokenizer(server_args: ServerArgs, ipc: IpcNames, ready: Connection) -
         decode = decode_with(load_served_tokenizer(server_args))
     with zmq.Context() as context:
         manager = DetokenizerManager(context, ipc, decode)
-        gc.collect()
-        gc.freeze()  # tokenizer and libraries stay: no need to walk them again
+        freeze_what_is_here()
         announce_ready(ready, {})
         manager.run()

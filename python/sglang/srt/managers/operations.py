@@ -9,7 +9,6 @@ have begun are served: weights under a request must not change unless somebody h
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from drift_scheduler.gang import Gang
 from drift_scheduler.partition import PartitionTable
 from drift_scheduler.policies.hold import Finish, Halt
 from sglang.srt.errors import SglangError
+from sglang.srt.garbage import freeze_what_is_here
 from sglang.srt.managers.jobs import DecodeBatch, PrefillBatch
 from sglang.srt.managers.profiling import Profiling
 from sglang.srt.managers.serving_engine import ServingEngine
@@ -141,8 +141,7 @@ class Operations:
             case StopProfile():
                 self._answer(message.call_id, self._profiling.stop)
             case FreezeGarbage():
-                gc.collect()
-                gc.freeze()
+                freeze_what_is_here()
                 self._tell_detokenizer(message)
                 self._answer(message.call_id, lambda: {"message": "Garbage collection frozen."})
             case SetInternalState():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from sglang.srt.entrypoints.json_body import checked, read_object, read_optional
 from sglang.srt.entrypoints.operations.outcome import outcome
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.errors import ConfigError, RequestError
+from sglang.srt.garbage import freeze_what_is_here
 from sglang.srt.managers.request_log import RequestLog
 from sglang.srt.messages import SetInternalState
 
@@ -29,8 +29,7 @@ _ANSWER_LIMIT_S = 10.0
 @router.api_route("/freeze_gc", methods=["GET", "POST"])
 async def freeze_gc(request: Request) -> Response:
     """In all processes: walking what stays anyway would only stop streams."""
-    gc.collect()
-    gc.freeze()
+    freeze_what_is_here()
     return outcome(await state_of(request).controls.freeze_gc())
 
 
