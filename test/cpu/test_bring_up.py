@@ -16,7 +16,15 @@ from drift_scheduler.policies.chunked import Chunked
 from drift_scheduler.policies.take_turns import TakeTurns
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.bring_up import bring_up, make_lanes, make_policies
-from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, SHARES, take_memory, warm_up
+from sglang.srt.model_executor.warm_up import (
+    PROMPT_TOKENS,
+    SHARES,
+    SMALL_BYTES,
+    SMALL_TENSORS,
+    take_memory,
+    take_small_memory,
+    warm_up,
+)
 from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import ServerArgs
@@ -288,6 +296,7 @@ def test_the_largest_batches_and_parts_of_them_run_on_every_lane(start):
         (lanes.lane(Phase.DECODE, lanes.table.whole), 0, last),
         *(
             (lanes.lane(Phase.PREFILL, share), *ends)
+            for _ in ("long prompts", "many prompts")
             for share in shares
             for ends in ((0, 1), (last - 1, last))
         ),
@@ -304,6 +313,9 @@ def test_the_largest_batches_and_parts_of_them_run_on_every_lane(start):
     assert sizes[1] == [(6, 44), (0, 175), (6, 0)]
     assert sizes[-1] == [(1, 7), (0, 25), (1, 0)]
     assert all(one[-1].is_decode for one in rounds)
+    prompts = [[one[i].new_lens.tolist() for i in (1, 5)] for one in rounds]
+    assert prompts[0] == [[200], [33] * 6]
+    assert prompts[-1] == [[25], [25]]
     keys, _ = executor.kv_pool.layer(0)
     assert keys[0].isfinite().all()
 
@@ -316,6 +328,15 @@ def test_prompts_are_no_longer_than_context_and_pool_allow(start):
     prefill = next(batch for *_, batch in seen if not batch.decode_reqs)
     assert prefill.new_lens.tolist() == [99, 99, tokens - 198]
     assert context_length > 100  # the tables of the real runner are wider
+
+
+@needs_two_cores
+def test_every_lane_holds_what_small_tensors_need(start, monkeypatch):
+    lanes = start(enable_pdmux=True, pd_multiplex_policy="table", sm_group_num=3).lanes
+    held = []
+    monkeypatch.setattr(torch, "empty", lambda size, **how: held.append((size, how["device"])))
+    take_small_memory(lanes, CPU)
+    assert held == [(SMALL_BYTES, CPU)] * SMALL_TENSORS * 2 * len(lanes.table)
 
 
 def test_steps_in_which_nothing_rides_are_left_out(start):

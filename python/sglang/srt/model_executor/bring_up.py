@@ -28,7 +28,12 @@ from sglang.srt.model_executor.lane_kernels import (
 )
 from sglang.srt.model_executor.live_model import LiveModel
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.model_executor.warm_up import take_memory, take_pinned_memory, warm_up
+from sglang.srt.model_executor.warm_up import (
+    take_memory,
+    take_pinned_memory,
+    take_small_memory,
+    warm_up,
+)
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.pdmux_config import PdmuxConfig
@@ -181,6 +186,7 @@ def bring_up(args: ServerArgs) -> Executor:
             num_slots=num_slots,
             context_length=config.context_length,
         )
+        take_small_memory(lanes, device)
     return Executor(
         config=config,
         lanes=lanes,

@@ -124,9 +124,6 @@ def take_memory(
             )
             break
         _run_ends(runner, lane, batch)
-    for phase in Phase:
-        for index in range(len(lanes.table)):
-            lanes.lane(phase, lanes.table[index]).launch(_hold_small_tensors).wait(LIMIT_S)
     logger.info(
         "Ran the largest batches in %.1f s; %.1f GB of memory is left",
         time.perf_counter() - started_s,
@@ -134,11 +131,17 @@ def take_memory(
     )
 
 
-def _hold_small_tensors() -> None:
-    """As work of a lane: torch keeps their blocks for its stream."""
-    sizes = [SMALL_BYTES] * SMALL_TENSORS
-    held = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-    del held
+def take_small_memory(lanes: LaneProvider, device: torch.device) -> None:
+    """Blocks for SMALL_TENSORS on every lane's stream, for which torch keeps them."""
+
+    def hold() -> None:
+        sizes = [SMALL_BYTES] * SMALL_TENSORS
+        held = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        del held
+
+    for phase in Phase:
+        for index in range(len(lanes.table)):
+            lanes.lane(phase, lanes.table[index]).launch(hold).wait(LIMIT_S)
 
 
 def take_pinned_memory() -> None:
