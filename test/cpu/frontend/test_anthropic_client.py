@@ -241,14 +241,12 @@ def test_bad_requests_name_the_field(
 
 
 def test_errors_of_other_kinds(client: anthropic.Anthropic, engine: Any, serve: Any) -> None:
-    with pytest.raises(anthropic.NotFoundError) as missing:
-        create(client, model="other")
-    body: Any = missing.value.body
-    assert body["error"]["type"] == "not_found_error"
+    with pytest.raises(anthropic.NotFoundError):
+        client.models.retrieve("other")
     engine.refuses(FinishReason(type="abort", message="queue full", status_code=503))
     with pytest.raises(anthropic.APIStatusError, match="queue full") as full:
         create(client)
-    body = full.value.body
+    body: Any = full.value.body
     assert (full.value.status_code, body["error"]["type"]) == (503, "overloaded_error")
     with serve(api_key="secret") as served:
         with pytest.raises(anthropic.AuthenticationError) as stranger:

@@ -504,8 +504,10 @@ def test_official_client(server: Any) -> None:
         assert "".join(c.choices[0].delta.content or "" for c in stream) == TEXT
     completion = client.completions.create(model="smollm2", prompt="Hi", max_tokens=30)
     assert completion.choices[0].text == TEXT
+    other = client.chat.completions.create(model="gpt-9", messages=messages)
+    assert (other.model, other.choices[0].message.content) == ("gpt-9", TEXT)
     with pytest.raises(openai.NotFoundError) as caught:
-        client.chat.completions.create(model="other", messages=messages)
+        client.models.retrieve("gpt-9")
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="smollm2", messages=messages, temperature=-1)

@@ -374,7 +374,11 @@ class TestErrors:
 
     def test_an_unknown_model(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError):
-            chat(client, model="other")
+            client.models.retrieve("other")
+
+    def test_an_adapter(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="adapter"):
+            chat(client, model="smollm2:poet")
 
     def test_a_full_queue(self, client: openai.OpenAI, engine: Any) -> None:
         engine.refuses(FinishReason(type="abort", message="queue full", status_code=503))

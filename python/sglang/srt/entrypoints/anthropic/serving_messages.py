@@ -18,7 +18,7 @@ from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_ref
 from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.openai.chat_plan import plan_chat
-from sglang.srt.entrypoints.openai.reply import check_model
+from sglang.srt.entrypoints.openai.reply import model_name
 from sglang.srt.entrypoints.openai.sampling import openai_names
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_leaves
@@ -31,7 +31,7 @@ async def messages(request: Request) -> Response:
     state = state_of(request)
     raw = without_unsupported(await read_object(request, typed=True), NEUTRAL, INFORMATIONAL)
     body = checked(MessagesBody, raw)
-    model = check_model(body.model, state)
+    model = model_name(body.model, state)
     with openai_names(stop="stop_sequences", response_format="output_config.format"):
         plan = plan_chat(chat_body_of(body), state)
         form = MessageForm(plan, model, state.args.enable_cache_report)
@@ -48,7 +48,7 @@ async def count_tokens(request: Request) -> Response:
     state = state_of(request)
     raw = without_unsupported(await read_object(request, typed=True), NEUTRAL, INFORMATIONAL)
     body = checked(CountTokensBody, raw)
-    check_model(body.model, state)
+    model_name(body.model, state)
     plan = plan_chat(chat_body_of(body), state)
     assert plan.prompt.text is not None
     [ids] = await state.manager.encoder.tokenize([plan.prompt.text], add_special_tokens=False)

@@ -11,18 +11,20 @@ from sglang.srt.entrypoints.error_forms import Aborted, flat_of, raise_if_refuse
 from sglang.srt.entrypoints.openai.protocol import StreamOptions
 from sglang.srt.entrypoints.server_state import ServerState
 from sglang.srt.entrypoints.streaming import DONE, event
-from sglang.srt.errors import NotFound, Overloaded, RequestError
+from sglang.srt.errors import Overloaded, RequestError
 from sglang.srt.managers.answers import Answer, Update
 from sglang.srt.managers.call import EngineFailed
 
 
-def check_model(name: str | None, state: ServerState) -> str:
-    """The name to answer with. Raises NotFound unless it is ours; none means the only one."""
-    if name in (None, "", "default", state.args.model_name, state.args.model_path):
-        return name or state.args.model_name
-    raise NotFound(
-        f"model: {name!r} does not exist, this server has {state.args.model_name!r}", "model"
-    )
+def model_name(asked: str | None, state: ServerState) -> str:
+    """The name to answer with: there is one model, and it answers to any name, as SGLang's does.
+
+    Raises RequestError for one of its adapters, "model:adapter", since it has none.
+    """
+    ours = (state.args.model_name, state.args.model_path)
+    if asked and asked not in ours and asked.rpartition(":")[0] in ours:
+        raise RequestError(f"model: {asked!r} names an adapter, and this server has none", "model")
+    return asked or state.args.model_name
 
 
 def finish_fields(answer: Answer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sglang.srt.entrypoints.native import meta_info
 from sglang.srt.entrypoints.openai.chat_plan import ChatPlan, plan_chat
 from sglang.srt.entrypoints.openai.logprobs import chat_entries, shown
 from sglang.srt.entrypoints.openai.protocol import CHAT_NEUTRAL, INFORMATIONAL, ChatBody
-from sglang.srt.entrypoints.openai.reply import Reply, check_model, finish_fields, token_id_fields
+from sglang.srt.entrypoints.openai.reply import Reply, finish_fields, model_name, token_id_fields
 from sglang.srt.entrypoints.openai.sampling import openai_names
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_leaves
@@ -31,7 +31,7 @@ async def chat_completions(request: Request) -> Response:
     state = state_of(request)
     raw = without_unsupported(await read_object(request, typed=True), CHAT_NEUTRAL, INFORMATIONAL)
     body = checked(ChatBody, raw)
-    model = check_model(body.model, state)
+    model = model_name(body.model, state)
     newer = body.max_completion_tokens is not None
     with openai_names("max_completion_tokens" if newer else "max_tokens"):
         plan = plan_chat(body, state)

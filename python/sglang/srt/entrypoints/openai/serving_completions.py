@@ -20,7 +20,7 @@ from sglang.srt.entrypoints.openai.protocol import (
     INFORMATIONAL,
     CompletionBody,
 )
-from sglang.srt.entrypoints.openai.reply import Reply, check_model, finish_fields, token_id_fields
+from sglang.srt.entrypoints.openai.reply import Reply, finish_fields, model_name, token_id_fields
 from sglang.srt.entrypoints.openai.sampling import openai_names, sampling_of
 from sglang.srt.entrypoints.priorities import rank_of
 from sglang.srt.entrypoints.server_state import ServerState, state_of
@@ -43,7 +43,7 @@ async def completions(request: Request) -> Response:
         await read_object(request, typed=True), COMPLETION_NEUTRAL, INFORMATIONAL
     )
     body = checked(CompletionBody, raw)
-    model = check_model(body.model, state)
+    model = model_name(body.model, state)
     with openai_names():
         prompts = _prompts(body, state)
         n = prompts[0].sampling.n

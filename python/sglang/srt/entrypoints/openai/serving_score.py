@@ -14,7 +14,7 @@ from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_refused
 from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.openai.protocol import INFORMATIONAL
-from sglang.srt.entrypoints.openai.reply import Usage, check_model
+from sglang.srt.entrypoints.openai.reply import Usage, model_name
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import unless_client_leaves
 from sglang.srt.entrypoints.value_types import OneOrManyTexts, is_batch_of_ids
@@ -52,7 +52,7 @@ async def score(request: Request) -> Response:
     state = state_of(request)
     raw = without_unsupported(await read_object(request, typed=True), _NEUTRAL, INFORMATIONAL)
     body = checked(ScoreBody, raw)
-    model = check_model(body.model, state)
+    model = model_name(body.model, state)
     prompts = _prompts(body, state)
     usage = Usage(1, state.args.enable_cache_report)
     answers = await unless_client_leaves(request, _answers(prompts, state))

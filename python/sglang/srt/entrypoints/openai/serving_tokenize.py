@@ -10,7 +10,7 @@ from sglang.srt.entrypoints.error_forms import JsonResponse
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.openai.chat_template import render, template_variables
 from sglang.srt.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody
-from sglang.srt.entrypoints.openai.reply import check_model
+from sglang.srt.entrypoints.openai.reply import model_name
 from sglang.srt.entrypoints.openai.tools import template_tools
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.entrypoints.value_types import is_batch_of_ids
@@ -24,7 +24,7 @@ router = APIRouter()
 async def tokenize(request: Request) -> Response:
     state = state_of(request)
     body = checked(TokenizeBody, await read_object(request))
-    check_model(body.model, state)
+    model_name(body.model, state)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt: give exactly one of prompt and messages", "prompt")
     encoder = state.manager.encoder
@@ -57,7 +57,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     state = state_of(request)
     body = checked(DetokenizeBody, await read_object(request))
-    check_model(body.model, state)
+    model_name(body.model, state)
     decode = state.manager.encoder.decode
     skip = body.skip_special_tokens
     tokens: Any = body.tokens

@@ -12,7 +12,7 @@ from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_ref
 from sglang.srt.entrypoints.fields import without_unsupported
 from sglang.srt.entrypoints.json_body import checked, read_object
 from sglang.srt.entrypoints.openai.chat_plan import plan_chat
-from sglang.srt.entrypoints.openai.reply import check_model
+from sglang.srt.entrypoints.openai.reply import model_name
 from sglang.srt.entrypoints.openai.responses.conversation import chat_body_of, messages_of
 from sglang.srt.entrypoints.openai.responses.protocol import (
     INFORMATIONAL,
@@ -34,7 +34,7 @@ async def responses(request: Request) -> Response:
     state = state_of(request)
     raw = without_unsupported(await read_object(request, typed=True), NEUTRAL, INFORMATIONAL)
     body = checked(ResponsesBody, raw)
-    check_model(body.model, state)
+    model_name(body.model, state)
     with openai_names("max_output_tokens", messages="input", response_format="text.format"):
         run = _run_of(body, state)
         if body.background:
