@@ -28,7 +28,6 @@ from sglang.srt.entrypoints.ollama.protocol import (
 )
 from sglang.srt.entrypoints.openai.chat_plan import plan_chat
 from sglang.srt.entrypoints.openai.protocol import ChatBody, ChatMessage
-from sglang.srt.entrypoints.openai.reply import model_name
 from sglang.srt.entrypoints.openai.sampling import openai_names
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_leaves
@@ -73,8 +72,7 @@ async def tags(request: Request) -> Response:
 @router.post("/api/show")
 async def show(request: Request) -> Response:
     state = state_of(request)
-    body = checked(ShowAsked, await read_object(request))
-    model_name(body.model or body.name, state)
+    checked(ShowAsked, await read_object(request))
     kind = state.model.model_type
     template = getattr(state.model.tokenizer, "chat_template", None)
     info = {"general.architecture": kind, f"{kind}.context_length": state.model.context_length}
@@ -100,7 +98,7 @@ async def _read(request: Request) -> dict[str, Any]:
 
 async def _answered(request: Request, body: Asked, asked: ChatBody, form: Form) -> Response:
     state = state_of(request)
-    model = model_name(body.model, state)
+    model = body.model or state.args.model_name  # names have tags here, as in "qwen3:latest"
     streams = body.stream is not False
     with openai_names("num_predict", repetition_penalty="repeat_penalty", response_format="format"):
         plan = plan_chat(asked, state)
