@@ -12,7 +12,7 @@ Tables on the device, shared by both phases, which write disjoint rows of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,7 @@ from sglang.srt.model_executor.host_batch import (
     upload_mask,
     upload_table_update,
 )
+from sglang.srt.model_executor.sampling_cache import SamplingCache, sample_scores
 from sglang.srt.models.base import CausalLM, HiddenState, LayerContext
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class ModelRunner:
         )
         self.relay = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.penalties = PenaltyTable(model.config.vocab_size, device)
-        self._decode_sampling = _SamplingCache(self._new_sampling, device)
+        self._decode_sampling = SamplingCache(self._new_sampling, device)
 
     @property
     def num_layers(self) -> int:
@@ -183,7 +184,7 @@ class ModelRunner:
         """Which of its samples are to tell their log-probabilities, None if none."""
         if batch.is_decode:
             return self._decode_sampling.scores(batch.samples)
-        return _sample_scores(batch.samples, self.device)
+        return sample_scores(batch.samples, self.device)
 
     def takes_likeliest(self, batch: HostBatch) -> bool:
         """Whether the largest logit decides for all its samples; on the lane."""
@@ -364,49 +365,3 @@ def _of_samples(host: HostBatch, scores: PackedScores | None) -> Mapping[int, To
         return {}
     wishes = {i: wish.logprobs for i, wish in enumerate(host.samples) if wish.logprobs is not None}
     return {place: scores.of(i, i + 1, wish) for i, (place, wish) in enumerate(wishes.items())}
-
-
-class _SamplingCache:
-    """What the last decode batch's wishes came down to; used only by decode work, which is in
-    order. The same requests have the same wishes, so most steps find it as they need it."""
-
-    def __init__(
-        self, make: Callable[[tuple[SampleWish, ...]], SamplingBatch], device: torch.device
-    ) -> None:
-        self._make = make
-        self._device = device
-        self._samples: tuple[SampleWish, ...] = ()
-        self._takes_likeliest = True
-        self._batch: SamplingBatch | None = None
-        self._scores: SampleScores | None = None
-
-    def takes_likeliest(self, samples: tuple[SampleWish, ...]) -> bool:
-        self._look_at(samples)
-        return self._takes_likeliest
-
-    def get(self, samples: tuple[SampleWish, ...]) -> SamplingBatch:
-        self._look_at(samples)
-        if self._batch is None:
-            self._batch = self._make(samples)
-        return self._batch
-
-    def scores(self, samples: tuple[SampleWish, ...]) -> SampleScores | None:
-        self._look_at(samples)
-        return self._scores
-
-    def _look_at(self, samples: tuple[SampleWish, ...]) -> None:
-        if samples != self._samples:
-            self._samples = samples
-            self._takes_likeliest = all(wish.takes_likeliest for wish in samples)
-            self._batch = None
-            self._scores = _sample_scores(samples, self._device)
-
-
-def _sample_scores(samples: tuple[SampleWish, ...], device: torch.device) -> SampleScores | None:
-    if all(wish.logprobs is None for wish in samples):
-        return None
-    return SampleScores.of(
-        [wish.logprobs for wish in samples],
-        [1.0 if wish.sampling.greedy else wish.sampling.temperature for wish in samples],
-        device,
-    )
