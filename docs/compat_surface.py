@@ -25,7 +25,8 @@ from sglang.bench.cli import build_parser
 from sglang.bench.unsupported import UNSUPPORTED_FLAGS as BENCH_REFUSED
 from sglang.srt import sampling_params
 from sglang.srt.entrypoints.app import build_app
-from sglang.srt.entrypoints.openapi import BodyForm, Handler, body_of, handlers
+from sglang.srt.entrypoints.json_body import BodyForm, form_of
+from sglang.srt.entrypoints.openapi import Handler, handlers
 from sglang.srt.entrypoints.server_state import ServerState
 from sglang.srt.server_args import ServerArgs, make_parser
 
@@ -82,9 +83,9 @@ def without_parameter_names(path: str) -> str:
     return _PARAMETER.sub("{}", path)
 
 
-def body(path: str) -> BodyForm | None:
+def body(path: str) -> BodyForm[Any] | None:
     """What the handler of this path reads; None without such a path or a body."""
-    forms = (body_of(handler.endpoint) for handler in routes().get(path, ()))
+    forms = (form_of(handler.endpoint) for handler in routes().get(path, ()))
     return next((form for form in forms if form is not None), None)
 
 
@@ -96,6 +97,8 @@ def written(path: str) -> Mapping[str, bool]:
     the classes there that are no part of the request.
     """
     form = body(path)
+    if form is not None and form.model.model_config.get("extra") == "allow":
+        return {}  # it looks at nothing and refuses all
     parts = set() if form is None else set(form.model.model_json_schema().get("$defs", {}))
     own = parts | ({base.__name__ for base in form.model.__mro__} if form else set())
     found: dict[str, bool] = {}

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import pydantic
 
-from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
-from sglang.srt.entrypoints.json_body import checked
+from sglang.srt.entrypoints.fields import ABSENT, OFF
+from sglang.srt.entrypoints.json_body import BodyForm
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.operations import FINISH_LIMIT_S
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -82,20 +82,34 @@ class _MemoryBody(_Body):
     tags: list[_Tag] | None = pydantic.Field(default=None, min_length=1)
 
 
-_PROFILE_NEUTRAL: Neutral = {
-    "profile_by_stage": OFF,
-    "merge_profiles": (None, False, True),  # there is one rank
-    "profile_stages": ABSENT,
-    "profile_id": ABSENT,
-    "roofline_annotations": OFF,
-    "detailed_annotations": OFF,
-}
-_UPDATE_NEUTRAL: Neutral = {
-    "is_async": OFF,
-    "torch_empty_cache": (None, False, True),  # nothing is left that it could give back
-    "recapture_cuda_graph": (None, False, True),  # graphs read the new weights where the old lay
-    "manifest": ABSENT,
-}
+PAUSE = BodyForm(_PauseBody, optional=True)
+# The flag asks for memory that launches have left over: there is none beyond the pools.
+CONTINUE = BodyForm(_Body, {"torch_empty_cache": (None, False, True)}, optional=True)
+PROFILE = BodyForm(
+    _ProfileBody,
+    {
+        "profile_by_stage": OFF,
+        "merge_profiles": (None, False, True),  # there is one rank
+        "profile_stages": ABSENT,
+        "profile_id": ABSENT,
+        "roofline_annotations": OFF,
+        "detailed_annotations": OFF,
+    },
+    optional=True,
+)
+UPDATE = BodyForm(
+    _UpdateBody,
+    {
+        "is_async": OFF,
+        "torch_empty_cache": (None, False, True),  # nothing is left that it could give back
+        "recapture_cuda_graph": (None, False, True),  # graphs read weights where the old ones lay
+        "manifest": ABSENT,
+    },
+    frozenset({"token_step"}),
+)
+WEIGHTS = BodyForm(_WeightsBody, optional=True)
+VERSION = BodyForm(_VersionBody)
+MEMORY = BodyForm(_MemoryBody, optional=True)
 
 
 class EngineControls:
@@ -120,21 +134,20 @@ class EngineControls:
         return self.paused or self._manager.refusal is not None
 
     async def pause(self, fields: Mapping[str, Any]) -> ControlReply:
-        body = checked(_PauseBody, dict(fields))
+        body = PAUSE.of(fields)
         self.paused = True
         reply = await self._ask(partial(PauseGeneration, mode=body.mode))
         self.paused = reply.ok
         return reply
 
     async def resume(self, fields: Mapping[str, Any]) -> ControlReply:
-        # The flag asks for memory that launches have left over: there is none beyond the pools.
-        checked(_Body, without_unsupported(fields, {"torch_empty_cache": (None, False, True)}))
+        CONTINUE.of(fields)
         reply = await self._ask(ContinueGeneration)
         self.paused = self.paused and not reply.ok
         return reply
 
     async def start_profile(self, fields: Mapping[str, Any]) -> ControlReply:
-        body = checked(_ProfileBody, without_unsupported(fields, _PROFILE_NEUTRAL))
+        body = PROFILE.of(fields)
         folder = os.environ.get("SGLANG_TORCH_PROFILER_DIR") or tempfile.gettempdir()
         return await self._ask(
             partial(
@@ -153,8 +166,7 @@ class EngineControls:
         return await self._ask(StopProfile)
 
     async def update_weights(self, fields: Mapping[str, Any]) -> ControlReply:
-        rest = without_unsupported(fields, _UPDATE_NEUTRAL, {"token_step"})
-        body = checked(_UpdateBody, rest)
+        body = UPDATE.of(fields)
         if body.keep_pause and not self.paused:
             raise RequestError("keep_pause: generation is not paused", "keep_pause")
         reply = await self._ask(
@@ -173,14 +185,14 @@ class EngineControls:
         return reply
 
     async def update_weight_version(self, fields: Mapping[str, Any]) -> str:
-        body = checked(_VersionBody, dict(fields))
+        body = VERSION.of(fields)
         if body.abort_all_requests:
             self._manager.abort("", abort_all=True)
         self._manager.weight_version = body.new_version
         return body.new_version
 
     async def get_weights(self, fields: Mapping[str, Any]) -> list[Any]:
-        body = checked(_WeightsBody, dict(fields))
+        body = WEIGHTS.of(fields)
         reply = await self._ask(partial(GetWeights, name=body.name, rows=body.truncate_size))
         if not reply.ok:
             raise RequestError(reply.message, "name")
@@ -188,13 +200,13 @@ class EngineControls:
         return values
 
     async def release_memory(self, fields: Mapping[str, Any]) -> ControlReply:
-        body = checked(_MemoryBody, dict(fields))
+        body = MEMORY.of(fields)
         reply = await self._ask(partial(ReleaseMemory, tags=list(body.tags or _ALL_TAGS)))
         self._note_released(reply)
         return reply
 
     async def resume_memory(self, fields: Mapping[str, Any]) -> ControlReply:
-        body = checked(_MemoryBody, dict(fields))
+        body = MEMORY.of(fields)
         reply = await self._ask(partial(ResumeMemory, tags=list(body.tags or _ALL_TAGS)))
         self._note_released(reply)
         return reply

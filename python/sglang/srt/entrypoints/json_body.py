@@ -4,16 +4,54 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import orjson
 import pydantic
 from fastapi import Request
 
+from sglang.srt.entrypoints.fields import Neutral, without_unsupported
 from sglang.srt.errors import RequestError
 
 B = TypeVar("B", bound=pydantic.BaseModel)
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class BodyForm(Generic[B]):
+    """What a body may hold. model: the fields that are acted on. neutral, informational: others
+    that clients send, see `fields`. optional: whether none at all is as good as {}."""
+
+    model: type[B]
+    neutral: Neutral = field(default_factory=dict)
+    informational: frozenset[str] = frozenset()
+    optional: bool = False
+
+    def of(self, fields: Mapping[str, Any]) -> B:
+        """Raises RequestError naming the field at fault."""
+        return checked(self.model, without_unsupported(fields, self.neutral, self.informational))
+
+    async def read(self, request: Request, *, typed: bool = False) -> B:
+        """A request's body, as `read_object` takes it."""
+        read = read_optional_object if self.optional else read_object
+        return self.of(await read(request, typed=typed))
+
+
+def takes(form: BodyForm[Any]) -> Callable[[H], H]:
+    """Of the handler that reads it: so /openapi.json tells of the body."""
+
+    def mark(handler: H) -> H:
+        handler.body_form = form  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+def form_of(handler: Callable[..., Any]) -> BodyForm[Any] | None:
+    form: BodyForm[Any] | None = getattr(handler, "body_form", None)
+    return form
 
 
 async def read_object(request: Request, *, typed: bool = False) -> dict[str, Any]:
@@ -31,9 +69,9 @@ async def read_object(request: Request, *, typed: bool = False) -> dict[str, Any
     return body
 
 
-async def read_optional_object(request: Request) -> dict[str, Any]:
+async def read_optional_object(request: Request, *, typed: bool = False) -> dict[str, Any]:
     """The body as a JSON object; {} if there is none."""
-    return await read_object(request) if await request.body() else {}
+    return await read_object(request, typed=typed) if await request.body() else {}
 
 
 def checked(model: type[B], body: dict[str, Any]) -> B:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from drift_scheduler.trace import trace_events
 from drift_scheduler.window import as_json
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.openapi import query
 from sglang.srt.entrypoints.server_state import ServerState, state_of
 from sglang.srt.errors import RequestError
@@ -52,11 +52,15 @@ async def policy(request: Request) -> Response:
     return await _current_policy(_multiplexing(request))
 
 
+_POLICY = BodyForm(PolicyBody)
+
+
 @router.post("/policy")
+@takes(_POLICY)
 async def set_policy(request: Request) -> Response:
     """Switches it between two turns; what is in flight goes on."""
     state = _multiplexing(request)
-    body = checked(PolicyBody, await read_object(request))
+    body = await _POLICY.read(request)
     await state.manager.set_policy(body.policy)
     return await _current_policy(state)
 

@@ -15,8 +15,8 @@ from sglang.srt.entrypoints.error_forms import (
     raise_if_refused,
     raise_if_update_refused,
 )
-from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral
+from sglang.srt.entrypoints.json_body import BodyForm, read_object, takes
 from sglang.srt.entrypoints.native_logprobs import LogprobFields, logprob_info, wishes_of
 from sglang.srt.entrypoints.priorities import rank_of
 from sglang.srt.entrypoints.server_state import ServerState, state_of
@@ -117,6 +117,9 @@ class GenerateBody(LogprobFields):
     slo: Any = None  # ServiceLevels says what it may be
 
 
+GENERATE = BodyForm(GenerateBody, NEUTRAL, INFORMATIONAL)
+
+
 class Generation:
     """A /generate body and what it asks for; whoever serves it iterates `updates`, once.
 
@@ -124,7 +127,7 @@ class Generation:
     """
 
     def __init__(self, state: ServerState, fields: dict[str, Any]) -> None:
-        body = checked(GenerateBody, without_unsupported(fields, NEUTRAL, INFORMATIONAL))
+        body = GENERATE.of(fields)
         prompts, batched = prompts_of(body, state)
         self.stream = body.stream
         self.several = batched or sum(prompt.sampling.n for prompt in prompts) > 1
@@ -149,6 +152,7 @@ class Generation:
 
 
 @router.api_route("/generate", methods=["POST", "PUT"])
+@takes(GENERATE)
 async def generate(request: Request) -> Response:
     generation = Generation(state_of(request), await read_object(request))
     if generation.stream:

@@ -1,32 +1,25 @@
 """/openapi.json: what each endpoint takes and which statuses it answers with.
 
-Handlers read their bodies themselves (see json_body), so FastAPI knows of none. The body of a
-handler is found in the handler: it is the pydantic model that its code names, and the tables of
-`fields` that it names say what else may be sent. A requestBody in
-a route's openapi_extra goes first.
+Handlers read their bodies themselves, so FastAPI knows of none; they say which form they take (see
+json_body). A requestBody in a route's openapi_extra goes first.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import FunctionType
-from typing import Any, TypeGuard, get_type_hints
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
-import pydantic
 from fastapi import FastAPI, routing
 from fastapi.openapi.utils import get_openapi
 
-from sglang.srt.entrypoints.fields import Neutral
-from sglang.srt.entrypoints.json_body import read_object
-from sglang.srt.entrypoints.server_state import ServerState
+from sglang.srt.entrypoints.json_body import BodyForm, form_of
 from sglang.srt.sampling_params import SamplingParams
 
 _REFERENCE = "#/components/schemas/{model}"
-_HERE = __name__.rpartition(".")[0]  # how far a handler is followed
 _NOT_A_WORD = re.compile(r"\W+")
 _STATUSES = {
     "200": "OK; with `stream` a text/event-stream that ends with [DONE]",
@@ -38,16 +31,6 @@ _STATUSES = {
     "503": "No room, or not serving: try again later",
     "504": "The engine did not answer in time",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class BodyForm:
-    """What a handler reads. model: the fields it acts on. neutral: fields it takes only with
-    these values. informational: fields that change nothing."""
-
-    model: type[pydantic.BaseModel]
-    neutral: Neutral = field(default_factory=dict)
-    informational: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +68,9 @@ def describe(app: FastAPI) -> None:
     app.openapi = document  # type: ignore[method-assign]
 
 
-def body_of(endpoint: Callable[..., Any]) -> BodyForm | None:
-    """The body a handler reads; None if it reads none, or one whose model is not to be seen."""
-    names = list(_names(endpoint))
-    if read_object not in names:
-        return None
-    models = [n for n in names if isinstance(n, type) and issubclass(n, pydantic.BaseModel)]
-    if not models:
-        return None
-    neutral: dict[str, tuple[Any, ...]] = {}
-    informational: frozenset[str] = frozenset()
-    for value in names:
-        if isinstance(value, Mapping) and all(isinstance(v, tuple) for v in value.values()):
-            neutral |= value
-        elif isinstance(value, frozenset):
-            informational |= value
-    return BodyForm(models[0], neutral, informational)
-
-
-def reads_json(endpoint: Callable[..., Any]) -> bool:
-    return read_object in list(_names(endpoint))
-
-
-def schema_of(form: BodyForm) -> dict[str, Any]:
+def schema_of(form: BodyForm[Any]) -> dict[str, Any]:
     """JSON schema of the whole body, with the fields of `neutral` and `informational`."""
-    schema = form.model.model_json_schema(ref_template=_REFERENCE)
+    schema: dict[str, Any] = form.model.model_json_schema(ref_template=_REFERENCE)
     properties = schema.setdefault("properties", {})
     for name, values in form.neutral.items():
         one = {"enum": list(values)}
@@ -146,50 +107,12 @@ def _document(app: FastAPI) -> dict[str, Any]:
 def _request_body(
     endpoint: Callable[..., Any], components: dict[str, Any]
 ) -> dict[str, Any] | None:
-    form = body_of(endpoint)
-    if form is not None:
-        schema = schema_of(form)
-        components.update(schema.pop("$defs", {}))
-    elif reads_json(endpoint):
-        schema = {"type": "object"}
-    else:
+    form = form_of(endpoint)
+    if form is None:
         return None
-    return {"required": True, "content": {"application/json": {"schema": schema}}}
-
-
-def _names(endpoint: Any, depth: int = 3) -> Iterator[Any]:
-    """Module-level values that the code of a function names, or of a class's, nearest first."""
-    if isinstance(endpoint, type):
-        functions = [part for part in vars(endpoint).values() if isinstance(part, FunctionType)]
-    else:
-        functions = [endpoint] if isinstance(endpoint, FunctionType) else []
-    values = [
-        function.__globals__[name]
-        for function in functions
-        for name in function.__code__.co_names
-        if name in function.__globals__
-    ]
-    yield from values
-    if depth > 1:
-        for value in (*values, *_methods_of_state(functions)):
-            if _is_ours(value):
-                yield from _names(value, depth - 1)
-
-
-def _methods_of_state(functions: Iterable[FunctionType]) -> Iterator[FunctionType]:
-    """What `state.part.method` stands for in them."""
-    parts = get_type_hints(ServerState)
-    for function in functions:
-        names = function.__code__.co_names
-        for owner in (parts[name] for name in names if name in parts):
-            yield from (m for m in (getattr(owner, n, None) for n in names) if _is_ours(m))
-
-
-def _is_ours(value: Any) -> TypeGuard[FunctionType]:
-    """A function or class of the HTTP layer, but no body."""
-    if not isinstance(value, FunctionType | type) or not value.__module__.startswith(_HERE):
-        return False
-    return isinstance(value, FunctionType) or not issubclass(value, pydantic.BaseModel)
+    schema = schema_of(form)
+    components.update(schema.pop("$defs", {}))
+    return {"required": not form.optional, "content": {"application/json": {"schema": schema}}}
 
 
 def _sampling_schema() -> dict[str, Any]:

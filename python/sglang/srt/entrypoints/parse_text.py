@@ -9,7 +9,7 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.errors import RequestError
@@ -36,9 +36,14 @@ class SeparateReasoningBody(_Body):
     reasoning_parser: str | None = None
 
 
+_FUNCTION_CALL = BodyForm(ParseFunctionCallBody)
+_REASONING = BodyForm(SeparateReasoningBody)
+
+
 @router.post("/parse_function_call")
+@takes(_FUNCTION_CALL)
 async def parse_function_call(request: Request) -> Response:
-    body = checked(ParseFunctionCallBody, await read_object(request))
+    body = await _FUNCTION_CALL.read(request)
     default = state_of(request).args.tool_call_parser
     parser = _named("tool_call_parser", body.tool_call_parser or default, TOOL_CALL_PARSERS)
     message = parser.parse(body.text, [tool.function.name for tool in body.tools])
@@ -50,8 +55,9 @@ async def parse_function_call(request: Request) -> Response:
 
 
 @router.post("/separate_reasoning")
+@takes(_REASONING)
 async def separate_reasoning(request: Request) -> Response:
-    body = checked(SeparateReasoningBody, await read_object(request))
+    body = await _REASONING.read(request)
     default = state_of(request).args.reasoning_parser
     parser = _named("reasoning_parser", body.reasoning_parser or default, REASONING_PARSERS)
     message = parser.parse(body.text)

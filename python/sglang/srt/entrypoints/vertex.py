@@ -8,7 +8,7 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.native import Generation
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.entrypoints.streaming import unless_client_leaves
@@ -27,9 +27,13 @@ class VertexBody(pydantic.BaseModel):
     parameters: dict[str, Any] | None = None
 
 
+_BODY = BodyForm(VertexBody)
+
+
 @router.post("/vertex_generate")
+@takes(_BODY)
 async def vertex_generate(request: Request) -> Response:
-    body = checked(VertexBody, await read_object(request))
+    body = await _BODY.read(request)
     if not body.instances:
         return JsonResponse({"predictions": []})
     inputs: dict[str, list[Any]] = {}

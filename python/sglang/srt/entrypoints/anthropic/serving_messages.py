@@ -15,8 +15,7 @@ from sglang.srt.entrypoints.anthropic.protocol import (
     MessagesBody,
 )
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
-from sglang.srt.entrypoints.fields import without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.openai.chat_plan import plan_chat
 from sglang.srt.entrypoints.openai.reply import model_name
 from sglang.srt.entrypoints.openai.sampling import openai_names
@@ -25,12 +24,15 @@ from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_l
 
 router = APIRouter()
 
+_MESSAGES = BodyForm(MessagesBody, NEUTRAL, INFORMATIONAL)
+_COUNT_TOKENS = BodyForm(CountTokensBody, NEUTRAL, INFORMATIONAL)
+
 
 @router.post("/v1/messages")
+@takes(_MESSAGES)
 async def messages(request: Request) -> Response:
     state = state_of(request)
-    raw = without_unsupported(await read_object(request, typed=True), NEUTRAL, INFORMATIONAL)
-    body = checked(MessagesBody, raw)
+    body = await _MESSAGES.read(request, typed=True)
     model = model_name(body.model, state)
     with openai_names(stop="stop_sequences", response_format="output_config.format"):
         plan = plan_chat(chat_body_of(body), state)
@@ -44,10 +46,10 @@ async def messages(request: Request) -> Response:
 
 
 @router.post("/v1/messages/count_tokens")
+@takes(_COUNT_TOKENS)
 async def count_tokens(request: Request) -> Response:
     state = state_of(request)
-    raw = without_unsupported(await read_object(request, typed=True), NEUTRAL, INFORMATIONAL)
-    body = checked(CountTokensBody, raw)
+    body = await _COUNT_TOKENS.read(request, typed=True)
     model_name(body.model, state)
     plan = plan_chat(chat_body_of(body), state)
     assert plan.prompt.text is not None

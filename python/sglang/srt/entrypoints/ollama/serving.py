@@ -7,8 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
-from sglang.srt.entrypoints.fields import without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.ollama.answer import (
     Form,
     in_chat,
@@ -34,17 +33,23 @@ from sglang.srt.entrypoints.streaming import EventStream, begin, unless_client_l
 
 router = APIRouter()
 
+_CHAT = BodyForm(ChatAsked, NEUTRAL, INFORMATIONAL)
+_GENERATE = BodyForm(GenerateAsked, NEUTRAL, INFORMATIONAL)
+_SHOW = BodyForm(ShowAsked)
+
 
 @router.post("/api/chat")
+@takes(_CHAT)
 async def chat(request: Request) -> Response:
-    body = checked(ChatAsked, await _read(request))
+    body = await _CHAT.read(request)
     messages = [message_of(message) for message in body.messages]
     return await _answered(request, body, chat_body_of(body, messages, body.tools), in_chat)
 
 
 @router.post("/api/generate")
+@takes(_GENERATE)
 async def generate(request: Request) -> Response:
-    body = checked(GenerateAsked, await _read(request))
+    body = await _GENERATE.read(request)
     state = state_of(request)
     messages = [ChatMessage(role="user", content=body.prompt)]
     if body.system:
@@ -70,9 +75,10 @@ async def tags(request: Request) -> Response:
 
 
 @router.post("/api/show")
+@takes(_SHOW)
 async def show(request: Request) -> Response:
     state = state_of(request)
-    checked(ShowAsked, await read_object(request))
+    await _SHOW.read(request)
     kind = state.model.model_type
     template = getattr(state.model.tokenizer, "chat_template", None)
     info = {"general.architecture": kind, f"{kind}.context_length": state.model.context_length}
@@ -90,10 +96,6 @@ async def show(request: Request) -> Response:
             "capabilities": capabilities,
         }
     )
-
-
-async def _read(request: Request) -> dict[str, Any]:
-    return without_unsupported(await read_object(request), NEUTRAL, INFORMATIONAL)
 
 
 async def _answered(request: Request, body: Asked, asked: ChatBody, form: Form) -> Response:

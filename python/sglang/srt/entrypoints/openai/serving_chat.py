@@ -8,8 +8,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
-from sglang.srt.entrypoints.fields import without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.native import meta_info
 from sglang.srt.entrypoints.openai.chat_plan import ChatPlan, plan_chat
 from sglang.srt.entrypoints.openai.logprobs import chat_entries, shown
@@ -24,13 +23,15 @@ from sglang.srt.parsers.pieces import CallArguments, CallStart, Piece, Reasoning
 
 router = APIRouter()
 
+_BODY = BodyForm(ChatBody, CHAT_NEUTRAL, INFORMATIONAL)
+
 
 @router.post("/invocations")
 @router.post("/v1/chat/completions")
+@takes(_BODY)
 async def chat_completions(request: Request) -> Response:
     state = state_of(request)
-    raw = without_unsupported(await read_object(request, typed=True), CHAT_NEUTRAL, INFORMATIONAL)
-    body = checked(ChatBody, raw)
+    body = await _BODY.read(request, typed=True)
     model = model_name(body.model, state)
     newer = body.max_completion_tokens is not None
     with openai_names("max_completion_tokens" if newer else "max_tokens"):

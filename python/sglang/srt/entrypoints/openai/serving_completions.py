@@ -8,8 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
-from sglang.srt.entrypoints.fields import without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.openai.logprobs import CompletionLogprobs, completion_wish
 from sglang.srt.entrypoints.openai.output_format import (
     only_constraint,
@@ -36,13 +35,14 @@ router = APIRouter()
 _DEFAULT_MAX_TOKENS = 16
 
 
+_BODY = BodyForm(CompletionBody, COMPLETION_NEUTRAL, INFORMATIONAL)
+
+
 @router.post("/v1/completions")
+@takes(_BODY)
 async def completions(request: Request) -> Response:
     state = state_of(request)
-    raw = without_unsupported(
-        await read_object(request, typed=True), COMPLETION_NEUTRAL, INFORMATIONAL
-    )
-    body = checked(CompletionBody, raw)
+    body = await _BODY.read(request, typed=True)
     model = model_name(body.model, state)
     with openai_names():
         prompts = _prompts(body, state)

@@ -11,8 +11,8 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_refused
-from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral, without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.fields import ABSENT, OFF, Neutral
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.openai.protocol import INFORMATIONAL
 from sglang.srt.entrypoints.openai.reply import Usage, model_name
 from sglang.srt.entrypoints.server_state import ServerState, state_of
@@ -47,11 +47,14 @@ class ScoreBody(pydantic.BaseModel):
     model: str | None = None
 
 
+_BODY = BodyForm(ScoreBody, _NEUTRAL, INFORMATIONAL)
+
+
 @router.post("/v1/score")
+@takes(_BODY)
 async def score(request: Request) -> Response:
     state = state_of(request)
-    raw = without_unsupported(await read_object(request, typed=True), _NEUTRAL, INFORMATIONAL)
-    body = checked(ScoreBody, raw)
+    body = await _BODY.read(request, typed=True)
     model = model_name(body.model, state)
     prompts = _prompts(body, state)
     usage = Usage(1, state.args.enable_cache_report)

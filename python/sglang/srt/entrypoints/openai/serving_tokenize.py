@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.openai.chat_template import render, template_variables
 from sglang.srt.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody
 from sglang.srt.entrypoints.openai.reply import model_name
@@ -19,11 +19,16 @@ from sglang.srt.errors import RequestError
 router = APIRouter()
 
 
+_TOKENIZE = BodyForm(TokenizeBody)
+_DETOKENIZE = BodyForm(DetokenizeBody)
+
+
 @router.post("/tokenize")
 @router.post("/v1/tokenize")
+@takes(_TOKENIZE)
 async def tokenize(request: Request) -> Response:
     state = state_of(request)
-    body = checked(TokenizeBody, await read_object(request))
+    body = await _TOKENIZE.read(request)
     model_name(body.model, state)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt: give exactly one of prompt and messages", "prompt")
@@ -54,9 +59,10 @@ async def tokenize(request: Request) -> Response:
 
 @router.post("/detokenize")
 @router.post("/v1/detokenize")
+@takes(_DETOKENIZE)
 async def detokenize(request: Request) -> Response:
     state = state_of(request)
-    body = checked(DetokenizeBody, await read_object(request))
+    body = await _DETOKENIZE.read(request)
     model_name(body.model, state)
     decode = state.manager.encoder.decode
     skip = body.skip_special_tokens

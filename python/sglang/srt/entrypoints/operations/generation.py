@@ -8,16 +8,14 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from sglang.srt.entrypoints.fields import Neutral, without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object, read_optional_object
+from sglang.srt.entrypoints.engine_controls import CONTINUE, PAUSE
+from sglang.srt.entrypoints.json_body import BodyForm, read_optional_object, takes
 from sglang.srt.entrypoints.openapi import query
 from sglang.srt.entrypoints.operations.outcome import outcome
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.errors import RequestError
 
 router = APIRouter()
-
-_ABORT_NEUTRAL: Neutral = {"finished_reason": (None,), "abort_message": (None, "")}
 
 
 @router.api_route(
@@ -39,14 +37,19 @@ class AbortBody(pydantic.BaseModel):
     abort_all: bool = False
 
 
+_ABORT = BodyForm(AbortBody, {"finished_reason": (None,), "abort_message": (None, "")})
+
+
 @router.post("/abort_request")
+@takes(_ABORT)
 async def abort_request(request: Request) -> Response:
-    body = checked(AbortBody, without_unsupported(await read_object(request), _ABORT_NEUTRAL))
+    body = await _ABORT.read(request)
     state_of(request).manager.abort(body.rid, body.abort_all)
     return Response(status_code=200)
 
 
 @router.post("/pause_generation")
+@takes(PAUSE)
 async def pause_generation(request: Request) -> Response:
     """Answers once nothing is in flight. Requests that come meanwhile wait."""
     fields = await read_optional_object(request)
@@ -54,6 +57,7 @@ async def pause_generation(request: Request) -> Response:
 
 
 @router.post("/continue_generation")
+@takes(CONTINUE)
 async def continue_generation(request: Request) -> Response:
     fields = await read_optional_object(request)
     return outcome(await state_of(request).controls.resume(fields), {"status": "ok"})

@@ -10,8 +10,8 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.fields import ABSENT, Neutral, without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object, read_optional_object
+from sglang.srt.entrypoints.fields import ABSENT
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.operations.outcome import outcome
 from sglang.srt.entrypoints.server_state import state_of
 from sglang.srt.errors import ConfigError, RequestError
@@ -39,10 +39,14 @@ class _StateBody(pydantic.BaseModel):
     server_args: dict[str, Any] = pydantic.Field(min_length=1)
 
 
+_STATE = BodyForm(_StateBody)
+
+
 @router.api_route("/set_internal_state", methods=["POST", "PUT"])
+@takes(_STATE)
 async def set_internal_state(request: Request) -> Response:
     state = state_of(request)
-    values = checked(_StateBody, await read_object(request)).server_args
+    values = (await _STATE.read(request)).server_args
     for name in values:
         if name not in _SETTINGS:
             known = ", ".join(_SETTINGS)
@@ -69,20 +73,24 @@ class _LoggingBody(pydantic.BaseModel):
     log_requests_level: int | None = pydantic.Field(default=None, ge=0, le=3)
 
 
-_LOGGING_NEUTRAL: Neutral = {
-    "log_requests_format": ABSENT,
-    "dump_requests_folder": ABSENT,
-    "dump_requests_threshold": ABSENT,
-    "crash_dump_folder": ABSENT,
-}
+_LOGGING = BodyForm(
+    _LoggingBody,
+    {
+        "log_requests_format": ABSENT,
+        "dump_requests_folder": ABSENT,
+        "dump_requests_threshold": ABSENT,
+        "crash_dump_folder": ABSENT,
+    },
+    optional=True,
+)
 
 
 @router.api_route("/configure_logging", methods=["GET", "POST"])
+@takes(_LOGGING)
 async def configure_logging(request: Request) -> Response:
     """--log-requests and --log-requests-level from now on."""
     state = state_of(request)
-    fields = without_unsupported(await read_optional_object(request), _LOGGING_NEUTRAL)
-    given = checked(_LoggingBody, fields).model_dump(exclude_none=True)
+    given = (await _LOGGING.read(request)).model_dump(exclude_none=True)
     args = state.args = dataclasses.replace(state.args, **given)
     state.manager.use_log(RequestLog(args.log_requests_level) if args.log_requests else None)
     return Response(status_code=200)

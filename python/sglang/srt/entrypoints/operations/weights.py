@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from sglang.srt.entrypoints.engine_controls import UPDATE, VERSION, WEIGHTS
 from sglang.srt.entrypoints.error_forms import JsonResponse
-from sglang.srt.entrypoints.json_body import read_object, read_optional_object
+from sglang.srt.entrypoints.json_body import read_object, read_optional_object, takes
 from sglang.srt.entrypoints.operations.outcome import outcome
 from sglang.srt.entrypoints.server_state import state_of
 
@@ -13,12 +14,14 @@ router = APIRouter()
 
 
 @router.post("/update_weights_from_disk")
+@takes(UPDATE)
 async def update_weights_from_disk(request: Request) -> Response:
     fields = await read_object(request)
     return outcome(await state_of(request).controls.update_weights(fields))
 
 
 @router.post("/update_weight_version")
+@takes(VERSION)
 async def update_weight_version(request: Request) -> Response:
     fields = await read_object(request)
     version = await state_of(request).controls.update_weight_version(fields)
@@ -33,6 +36,7 @@ async def weight_version(request: Request) -> Response:
 
 
 @router.api_route("/get_weights_by_name", methods=["GET", "POST"])
+@takes(WEIGHTS)
 async def get_weights_by_name(request: Request) -> Response:
     """The first rows of a parameter."""
     fields = await read_optional_object(request)

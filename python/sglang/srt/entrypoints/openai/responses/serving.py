@@ -9,8 +9,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request, Response
 
 from sglang.srt.entrypoints.error_forms import JsonResponse, raise_if_update_refused
-from sglang.srt.entrypoints.fields import without_unsupported
-from sglang.srt.entrypoints.json_body import checked, read_object
+from sglang.srt.entrypoints.json_body import BodyForm, takes
 from sglang.srt.entrypoints.openai.chat_plan import plan_chat
 from sglang.srt.entrypoints.openai.reply import model_name
 from sglang.srt.entrypoints.openai.responses.conversation import chat_body_of, messages_of
@@ -28,12 +27,14 @@ from sglang.srt.errors import RequestError
 
 router = APIRouter()
 
+_BODY = BodyForm(ResponsesBody, NEUTRAL, INFORMATIONAL)
+
 
 @router.post("/v1/responses")
+@takes(_BODY)
 async def responses(request: Request) -> Response:
     state = state_of(request)
-    raw = without_unsupported(await read_object(request, typed=True), NEUTRAL, INFORMATIONAL)
-    body = checked(ResponsesBody, raw)
+    body = await _BODY.read(request, typed=True)
     model_name(body.model, state)
     with openai_names("max_output_tokens", messages="input", response_format="text.format"):
         run = _run_of(body, state)
