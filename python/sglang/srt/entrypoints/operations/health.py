@@ -13,7 +13,7 @@ router = APIRouter()
 _HEALTH_LIMIT_S = 20.0
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])
 async def root() -> Response:
     return PlainTextResponse("SGLang server is running")
 
