@@ -103,10 +103,8 @@ def test_what_is_no_json_or_no_number(client: Any, path: str, body: str, says: s
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_an_unknown_model(client: Any, path: str) -> None:
-    body = {"model": "gpt-9", "prompt": "a", "messages": HI}
+def test_the_model_answers_to_any_name(client: Any, path: str) -> None:
+    body = {"model": "gpt-9", "prompt": "a", "messages": HI, "max_tokens": 1}
     body.pop("messages" if path == "/v1/completions" else "prompt")
     response = client.http.post(path, json=body)
-    assert response.status_code == 404
-    assert "gpt-9" in response.text
-    assert "model" in response.text
+    assert (response.status_code, response.json()["model"]) == (200, "gpt-9")
