@@ -118,7 +118,7 @@ class TestCallers:
 
         async def give_up() -> None:
             task = asyncio.create_task(engine.async_generate(PROMPT, LONG))
-            await asyncio.sleep(0.2)
+            await asyncio.to_thread(eventually, lambda: running(engine) == 1, LIMIT_S)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

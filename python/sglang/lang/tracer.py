@@ -166,9 +166,6 @@ class TracerProgramState(ProgramState):
     def last_node(self) -> TraceNode | None:
         return self.nodes[self.stream_executor.last[-1]] if self.stream_executor.last else None
 
-    def flatten_nodes(self) -> list[TraceNode]:
-        return list(self.nodes)
-
     def print_graph_dfs(self) -> None:
         """One line a step."""
         for node in self.nodes:

@@ -84,10 +84,10 @@ class EngineOperations:
         _unavailable("rerank", "reranking models are not served")
 
     def score(self, *args: Any, **more: Any) -> NoReturn:
-        _unavailable("score", "scoring is not served")
+        _unavailable("score", _SCORES)
 
     async def async_score(self, *args: Any, **more: Any) -> NoReturn:
-        _unavailable("async_score", "scoring is not served")
+        _unavailable("async_score", _SCORES)
 
     def open_session(
         self,
@@ -151,6 +151,7 @@ class EngineOperations:
 
 
 _DISK_ONLY = "weights are taken from disk only, see update_weights_from_disk"
+_SCORES = "ask generate for token_ids_logprob, or a server for /v1/score"
 _NO_LORA = "LoRA adapters are not served"
 _NO_SAVING = "weights are not written"
 
