@@ -74,7 +74,8 @@ def rotate_and_store_ref(
     return rotated[:, :num_heads].contiguous()
 
 
-def silu_and_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [tokens, 2 * width], gate first -> silu(gate) * up, [tokens, width]."""
+def silu_and_mul_ref(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """gate_up [tokens, 2 * width], gate first -> silu(gate) * up, [tokens, width], in `out` if
+    given."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return torch.mul(functional.silu(gate), up, out=out)

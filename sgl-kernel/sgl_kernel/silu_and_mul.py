@@ -33,8 +33,9 @@ def _silu_and_mul_kernel(
 _silu_and_mul = Launcher(_silu_and_mul_kernel)
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up [tokens, 2 * width], gate first -> silu(gate) * up, [tokens, width] contiguous.
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """gate_up [tokens, 2 * width], gate first -> silu(gate) * up, [tokens, width] contiguous, in
+    `out` if given.
 
     f32, bf16 or f16, of any token stride. f32 inside, rounded where silu_and_mul_ref rounds; the
     exponential is within 1e-6 of exact where it matters to the result. Raises ValueError if shape
@@ -45,7 +46,13 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if gate_up.stride(1) != 1:
         raise ValueError("rows of gate_up must be contiguous")
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    if out is None:
+        out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
+    elif out.shape != (tokens, width) or out.dtype != gate_up.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {gate_up.dtype} [{tokens}, {width}], got {out.dtype} "
+            f"{tuple(out.shape)}"
+        )
     if tokens:
         block = min(_BLOCK, triton.next_power_of_2(width))
         blocks = -(-width // block)

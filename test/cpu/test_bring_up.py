@@ -16,15 +16,14 @@ from drift_scheduler.policies.chunked import Chunked
 from drift_scheduler.policies.take_turns import TakeTurns
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.bring_up import bring_up, make_lanes, make_policies
-from sglang.srt.model_executor.warm_up import (
-    PROMPT_TOKENS,
+from sglang.srt.model_executor.memory_for_serving import (
     SHARES,
     SMALL_BYTES,
     SMALL_TENSORS,
     take_memory,
     take_small_memory,
-    warm_up,
 )
+from sglang.srt.model_executor.warm_up import PROMPT_TOKENS, warm_up
 from sglang.srt.multiplex_policy import MultiplexPolicy
 from sglang.srt.pdmux_config import Division, PdmuxConfig
 from sglang.srt.server_args import ServerArgs
@@ -238,6 +237,7 @@ def test_warm_up_touches_one_row_and_leaves_scratch_finite(start):
         executor.lanes,
         num_slots=executor.num_slots,
         context_length=context_length,
+        vocab_size=executor.config.vocab_size,
     )
     table = executor.runner.slot_table
     used = [count for count in PROMPT_TOKENS if count < context_length]
@@ -247,6 +247,29 @@ def test_warm_up_touches_one_row_and_leaves_scratch_finite(start):
     assert keys[1].any()
     assert keys[0].isfinite().all()
     assert values[0].isfinite().all()
+
+
+def test_warm_up_runs_what_only_some_requests_ask_for(start):
+    executor = start()
+    launches = Launches(executor.runner)
+    warm_up(
+        launches,
+        executor.lanes,
+        num_slots=executor.num_slots,
+        context_length=executor.config.context_length,
+        vocab_size=executor.config.vocab_size,
+    )
+    last = launches.seen[-1][3]
+    (wish,) = last.samples
+    assert last.mask is not None
+    assert wish.logprobs is not None
+    assert wish.withheld_ids
+    assert wish.sampling.logit_bias
+    assert wish.sampling.penalises
+    assert last.histories[0].owner is wish
+    assert len(last.scored[0].next_ids) == len(last.input_ids) - 1
+    # What it took for penalties is free again.
+    assert executor.runner.penalties.num_blocks == 0
 
 
 class Launches:
@@ -270,6 +293,9 @@ class Launches:
 
         run.slice_work = noted
         return run
+
+    def forget(self, wish):
+        self._runner.forget(wish)
 
 
 def take(executor, free_bytes=lambda: 80 << 30, **changes):

@@ -13,10 +13,11 @@ import torch
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_cpu import CpuLanes
 from sgl_kernel.tile import Tile
+from sglang.srt.cache_folder import default_folder
 from sglang.srt.layers.linear import Linear
 from sglang.srt.layers.matmul import lane_matmul
 from sglang.srt.layers.matmul.base import TorchMatmul
-from sglang.srt.layers.matmul.cache import TableCache, default_folder
+from sglang.srt.layers.matmul.cache import TableCache
 from sglang.srt.layers.matmul.choice import TORCH, Backend, Choice, deep_gemm_piece
 from sglang.srt.layers.matmul.lane_matmul import LaneMatmul
 from sglang.srt.layers.matmul.product_bench import Case

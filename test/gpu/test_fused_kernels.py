@@ -163,6 +163,9 @@ def test_silu_and_mul(width: int, dtype: torch.dtype) -> None:
     gate, up = gate_up.double().chunk(2, dim=-1)
     assert relative_error(out, gate * gate.sigmoid() * up) < TOLERANCE[dtype]
     assert_steps_apart(out, silu_and_mul_ref(gate_up))
+    given = torch.full_like(out, torch.nan)
+    assert silu_and_mul(gate_up, given) is given
+    torch.testing.assert_close(given, out, rtol=0, atol=0)
 
 
 def test_silu_of_extreme_gates() -> None:
@@ -178,6 +181,14 @@ def test_silu_and_mul_refuses_what_does_not_fit() -> None:
         silu_and_mul(torch.zeros((3, 7), device=DEVICE))
     with pytest.raises(ValueError, match="contiguous"):
         silu_and_mul(torch.zeros((8, 8), device=DEVICE).t())
+    gate_up = torch.zeros((3, 8), device=DEVICE)
+    for out in (
+        torch.zeros((3, 8), device=DEVICE),
+        torch.zeros((3, 8), device=DEVICE)[:, :4],
+        torch.zeros((3, 4), device=DEVICE, dtype=torch.bfloat16),
+    ):
+        with pytest.raises(ValueError, match="out must be contiguous"):
+            silu_and_mul(gate_up, out)
 
 
 class Rotated:

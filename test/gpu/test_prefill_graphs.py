@@ -74,7 +74,7 @@ def runner(lanes, device, tmp_path_factory):
     pool.keys.normal_()
     pool.values.normal_()
     matmuls = {(phase, i): TorchMatmul() for phase in Phase for i in range(len(lanes.table))}
-    kernels = kernels_by_lane("flashinfer", lanes, pool, config, matmuls)
+    kernels = kernels_by_lane("flashinfer", lanes, pool, config, matmuls, max_prefill_tokens=1024)
     runner = ModelRunner(model, pool, kernels, device=device, num_rows=MAX_REQS + 1)
     torch.cuda.synchronize(device)
     capture_graphs(runner, lanes, pool, max_reqs=MAX_REQS, max_tokens=1024, fuses=True)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.on_device import on_device
 from sglang.srt.logprobs import LogprobWish, TokenScores
 
 # Logits at a time: 64 MiB in f32, and a second copy for the sum of their exponents.
@@ -73,8 +74,8 @@ class SampleScores:
         return cls(
             rows=None
             if len(asked) == len(wishes)
-            else _on_device(np.array(places, dtype=np.int64), device),
-            temperatures=_on_device(
+            else on_device(np.array(places, dtype=np.int64), device),
+            temperatures=on_device(
                 np.array([[temperatures[place]] for place in places], dtype=np.float32), device
             ),
             top=max(wish.top for wish in asked.values()),
@@ -110,7 +111,7 @@ def prompt_scores(
     logits_of: flattened token indices [n] i64 of the launch -> [n, vocab_size]. next_ids [n]: the
     tokens that follow the flattened tokens `first` and on.
     """
-    targets = _on_device(next_ids, device)
+    targets = on_device(next_ids, device)
     indices = torch.arange(first, first + len(next_ids), device=device)
     listed = _padded([wish.token_ids or []], device)
     step = max(1, _PIECE_ELEMENTS // vocab_size)
@@ -143,14 +144,7 @@ def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> torch.Tenso
     if not longest:
         return None
     padded = [[*ids, *[0] * (longest - len(ids))] for ids in lists]
-    return _on_device(np.array(padded, dtype=np.int64), device)
-
-
-def _on_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+    return on_device(np.array(padded, dtype=np.int64), device)
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.on_device import on_device
 from sglang.srt.sampling_params import SamplingParams
 
 IN_PROMPT = 1 << 30
@@ -139,12 +140,7 @@ class PenaltyTable:
         )
 
     def _column(self, values: Sequence[float]) -> torch.Tensor:
-        return self._to_device(torch.tensor(values, dtype=torch.float32)[:, None])
+        return on_device(np.array(values, dtype=np.float32)[:, None], self._device)
 
     def _upload(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
-        return self._to_device(torch.from_numpy(ids))
-
-    def _to_device(self, host: torch.Tensor) -> torch.Tensor:
-        if self._device.type != "cuda":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return on_device(ids, self._device)

@@ -13,7 +13,7 @@ import torch
 
 from drift_scheduler.clock import ClockRatio
 from drift_scheduler.dispatcher import Dispatcher
-from drift_scheduler.lane import LaneProvider
+from drift_scheduler.lane import LaneProvider, Phase
 from drift_scheduler.latencies import Latencies
 from drift_scheduler.partition import PartitionError
 from drift_scheduler.policies.factory import PolicyFactory
@@ -27,13 +27,13 @@ from sglang.srt.model_executor.lane_kernels import (
     matmuls_by_lane,
 )
 from sglang.srt.model_executor.live_model import LiveModel
-from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.model_executor.warm_up import (
+from sglang.srt.model_executor.memory_for_serving import (
     take_memory,
     take_pinned_memory,
     take_small_memory,
-    warm_up,
 )
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.warm_up import load_products, load_sampling, warm_up
 from sglang.srt.model_loader import load_model
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.pdmux_config import PdmuxConfig
@@ -44,7 +44,7 @@ from sglang.srt.server_args import ServerArgs, resolve_device
 
 logger = logging.getLogger(__name__)
 
-GPU_MEM_FRACTION = 0.88
+GPU_MEM_FRACTION = 0.86
 # Of the memory that is free once the weights are loaded; a CPU server shares its machine.
 CPU_MEM_FRACTION = 0.4
 GPU_MAX_RUNNING = 256
@@ -132,14 +132,24 @@ def bring_up(args: ServerArgs) -> Executor:
     runner = ModelRunner(
         model,
         pool,
-        kernels_by_lane(backend, lanes, pool, config, matmuls),
+        kernels_by_lane(backend, lanes, pool, config, matmuls, max_prefill_tokens=prefill_tokens),
         device=device,
         num_rows=num_rows,
     )
     capture: Callable[[], None] | None = None
     if on_gpu:
         torch.cuda.synchronize(device)
-        warm_up(runner, lanes, num_slots=num_slots, context_length=config.context_length)
+        warm_up(
+            runner,
+            lanes,
+            num_slots=num_slots,
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+        )
+        lane = lanes.lane(Phase.PREFILL, lanes.table.whole)
+        load_products(model, lane, max_tokens=prefill_tokens, max_reqs=num_rows - 1)
+        load_sampling(config, lane, device, max_reqs=num_rows - 1)
+        torch.cuda.empty_cache()
         if backend != "torch_native" and not args.disable_cuda_graph:
             from sglang.srt.model_executor.graph_capture import capture_graphs
 

@@ -25,6 +25,7 @@ from drift_scheduler.lane import Lane
 from sglang.srt.layers.attention.base import KVPool
 from sglang.srt.layers.attention.triton_backend import TritonAttention
 from sglang.srt.layers.matmul.base import Matmul
+from sglang.srt.layers.on_device import pinned_copy
 from sglang.srt.layers.sampler import likeliest
 from sglang.srt.mem_cache.slot_table import PADDING_ROW
 from sglang.srt.model_executor.forward_batch import ForwardBatch
@@ -137,7 +138,7 @@ class DecodeGraphs:
         return StepOutput(rows[:reqs], positions[:reqs], self._logits[:reqs], self._tokens[:reqs])
 
     def _load(self, packed: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
-        pinned = torch.from_numpy(packed.reshape(-1)).pin_memory()
+        pinned = pinned_copy(packed.reshape(-1))
         self._buffer[: pinned.numel()].copy_(pinned, non_blocking=True)
 
     def _capture_one(self, lane: Lane, size: int, pool: Any) -> None:

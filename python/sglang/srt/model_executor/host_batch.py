@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang.srt.layers.on_device import on_device
 from sglang.srt.layers.penalties import History
 from sglang.srt.logprobs import LogprobWish
 from sglang.srt.model_executor.forward_batch import ForwardBatch
@@ -180,17 +181,11 @@ def upload_table_update(host: HostBatch, device: torch.device) -> tuple[torch.Te
 
 def upload_mask(mask: TokenMask, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """rows [constrained] i64 and words [constrained, words] i32, asynchronously."""
-    rows, words = torch.from_numpy(mask.rows), torch.from_numpy(mask.words)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-        words = words.pin_memory().to(device, non_blocking=True)
-    return rows, words
+    return on_device(mask.rows, device), on_device(mask.words, device)
 
 
 def _to_device(parts: list[Ints], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """One copy for all parts, from pinned memory if the device is a GPU."""
-    packed = torch.from_numpy(np.concatenate(parts))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    """One copy for all parts; see on_device."""
+    packed = on_device(np.concatenate(parts), device)
     views: tuple[torch.Tensor, ...] = packed.split([len(part) for part in parts])
     return views

@@ -11,8 +11,9 @@ from drift_scheduler.lane import LaneProvider, Phase
 from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention.base import AttentionBackend
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
-from sglang.srt.layers.matmul.base import Matmul
+from sglang.srt.layers.matmul.base import Matmul, ScratchMatmul, WithScratch
 from sglang.srt.layers.matmul.choice import Backend, supports
+from sglang.srt.layers.matmul.scratch import Scratch
 from sglang.srt.layers.matmul.tune_lanes import tune_lanes
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig
@@ -40,7 +41,7 @@ def matmuls_by_lane(
     *,
     max_prefill_tokens: int,
     max_decode_reqs: int,
-) -> dict[LaneKey, Matmul]:
+) -> dict[LaneKey, ScratchMatmul]:
     """What `--matmul-backend` comes down to on every lane; measures what no earlier start has.
 
     Raises ConfigError if the backend cannot multiply the model's matrices here.
@@ -69,18 +70,29 @@ def kernels_by_lane(
     lanes: LaneProvider,
     pool: DeviceKVPool,
     config: ModelConfig,
-    matmuls: Mapping[LaneKey, Matmul],
+    matmuls: Mapping[LaneKey, ScratchMatmul],
+    *,
+    max_prefill_tokens: int,
 ) -> dict[LaneKey, LaneKernels]:
     """Kernels of every lane, sized for its SMs. The two phases share no scratch.
 
-    Raises ConfigError if the attention backend cannot run the model.
+    max_prefill_tokens: of a prefill batch. Raises ConfigError if the attention backend cannot run
+    the model.
     """
+    device = pool.keys.device
+    scratch = None
+    if device.type == "cuda":
+        scratch = Scratch(max_prefill_tokens, config.intermediate_size, config.dtype, device)
     kernels: dict[LaneKey, LaneKernels] = {}
     for phase in Phase:
         make = _attention_maker(backend, pool, config)
         for index in range(len(lanes.table)):
             sms = lanes.lane(phase, lanes.table[index]).sms
-            kernels[phase, index] = LaneKernels(make(sms), matmuls[phase, index])
+            matmul: Matmul = matmuls[phase, index]
+            # Slices run in order whatever their lane; decode steps are graphs, which have memory.
+            if phase is Phase.PREFILL and scratch is not None:
+                matmul = WithScratch(matmuls[phase, index], scratch)
+            kernels[phase, index] = LaneKernels(make(sms), matmul)
     return kernels
 
 

@@ -1,55 +1,53 @@
-"""Runs every kind of launch before the first request, so that none pays for compiling or memory.
+"""Runs every kind of launch before the first request, so that none pays for compiling or loading.
 
 Kernels are compiled for the forms of their arguments (a count that 16 divides, or not), and some
 libraries compile or tune on first use; all of them keep the result on disk for the next start.
 
-Memory comes from the driver in blocks that each stream keeps for its next batches; so does pinned
-host memory, in blocks of every power of two. To ask for one while lanes are at work makes the host
-wait until they are done: decode steps included, which come late then. So the largest batches run
-once on every lane, and then parts of them, before there is anything to wait for.
+The driver loads a kernel when it is first launched, and the host waits for all lanes meanwhile.
+cuBLAS has dozens of them and chooses by the number of rows; so products of all sizes run once.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from drift_scheduler.lane import Lane, LaneProvider, Phase
-from sglang.srt.mem_cache.slot_table import PADDING_ROW
-from sglang.srt.model_executor.host_batch import HostBatch, SampleWish
+from sglang.srt.layers.sampler import SamplingBatch, sample
+from sglang.srt.model_config import ModelConfig
+from sglang.srt.model_executor.host_batch import HostBatch
+from sglang.srt.model_executor.made_up_batches import (
+    ALL_WISHES,
+    CUTTING,
+    GREEDY,
+    SORTING,
+    batch_of,
+    with_all_wishes,
+)
 from sglang.srt.model_executor.model_runner import Runner
+from sglang.srt.models.base import CausalLM, HiddenState
 from sglang.srt.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 LIMIT_S = 900.0  # a cold FlashInfer takes minutes
-# Left to libraries that take memory of their own, and to batches of other shapes.
-ROOM_BYTES = 2 << 30
-# Of the largest batches. A smaller one splits the blocks of a larger one, and not always so that
-# all of its own fit.
-SHARES = tuple(eighths / 8 for eighths in range(8, 0, -1))
-# What a stream keeps for tensors of at most SMALL_BYTES, which the allocator puts into blocks of
-# their own. How many it needs hangs on which of them live side by side, not on a batch's size.
-SMALL_BYTES = 1 << 20
-SMALL_TENSORS = 16
-# Pinned blocks of one size that batches in flight may hold, and the size of the largest: what the
-# longest prompts enter in the slot table.
-PINNED_BLOCKS = 8
-MAX_PINNED_BYTES = 4 << 20
 PROMPT_TOKENS = (17, 64)
-FIRST_ROW = 1
-GREEDY = SamplingParams(temperature=0)
-CUTTING = SamplingParams(temperature=1, top_k=20, top_p=0.9)
-SORTING = SamplingParams(temperature=1, top_p=0.9)  # all logits, which takes the most memory
+# Sizes of a product for which cuBLAS may choose different kernels: tiles more, and what divides the
+# number of rows.
+PRODUCT_ROWS = 64
+FEWER_ROWS = (0, 1, 2, 4, 8, 16)
+# Kernels that sort are made for powers of two; more rows are drawn in parts.
+TOP_KS = tuple(1 << bits for bits in range(1, 12))
+SAMPLED_ROWS = (1, 2, 4, 8, 16, 32)
 
 
-def warm_up(runner: Runner, lanes: LaneProvider, *, num_slots: int, context_length: int) -> None:
+def warm_up(
+    runner: Runner, lanes: LaneProvider, *, num_slots: int, context_length: int, vocab_size: int
+) -> None:
     """Uses slots and rows as if they were free, so it must come before the first request."""
     started_s = time.perf_counter()
     sizes = [count for count in PROMPT_TOKENS if count < min(num_slots, context_length)]
@@ -59,141 +57,73 @@ def warm_up(runner: Runner, lanes: LaneProvider, *, num_slots: int, context_leng
     ]
     launches.append((lanes.lane(Phase.DECODE, lanes.table.whole), 1))
     logger.info("Warming up prefill kernels; what is compiled is kept on disk for the next start")
-    with tqdm(total=len(launches) * len(sizes), desc="Warming up prefill kernels") as bar:
+    with tqdm(total=len(launches) * len(sizes) + 1, desc="Warming up prefill kernels") as bar:
         for lane, decode_reqs in launches:
             for count in sizes:
                 bar.set_postfix_str(f"{lane.phase.value} lane, {lane.sms} SMs, {count} tokens")
                 for wish in (GREEDY, CUTTING):  # both ways of sampling are compiled
-                    run = runner.start(batch_of((count,), decode_reqs, wish, context_length))
-                    lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)
+                    _run(runner, lane, batch_of((count,), decode_reqs, wish, context_length))
                 bar.update()
+        # Kernels that only some requests need are loaded once for all lanes.
+        for count in sizes[-1:]:
+            plain = batch_of((count,), 0, GREEDY, context_length)
+            _run(runner, launches[0][0], with_all_wishes(plain, vocab_size))
+            runner.forget(ALL_WISHES)
+        bar.update()
     logger.info("Warmed up prefill kernels in %.1f s", time.perf_counter() - started_s)
 
 
-def take_memory(
-    runner: Runner,
-    lanes: LaneProvider,
-    free_bytes: Callable[[], int],
-    *,
-    max_tokens: int,
-    max_reqs: int,
-    max_step_tokens: int,
-    num_slots: int,
-    context_length: int,
-) -> None:
-    """Runs the largest batches on idle lanes, and SHARES of them, as long as there is room; slots
-    and rows as warm_up.
+def load_products(model: CausalLM, lane: Lane, *, max_tokens: int, max_reqs: int) -> None:
+    """Every product of a batch of up to max_tokens, and the logits of up to max_reqs, as torch
+    computes them: other kernels are loaded when they are tuned. For all lanes: they share them.
 
-    max_tokens, max_reqs: of a batch that prefills, and that decodes. max_step_tokens: of prompts
-    that ride in a decode step; 0 if none do.
+    The largest come first, and the memory of its result serves the others.
     """
     started_s = time.perf_counter()
 
-    def prompts(tokens: float, at_least: int = 1) -> list[int]:
-        count = min(math.ceil(tokens), num_slots - 1)
-        longest = min(context_length - 1, max(1, count // at_least))
-        return _prompts(count, longest, max_reqs)
+    linears = model.layer_linears().all
 
-    def launches() -> Iterator[tuple[Lane, HostBatch]]:
-        for share in SHARES:
-            reqs = math.ceil(share * max_reqs)
-            # Long prompts fill the slot table, many of them the logits.
-            long = batch_of(prompts(share * max_tokens), 0, GREEDY, context_length)
-            many = batch_of(prompts(share * max_tokens, reqs), 0, SORTING, context_length)
-            decode = batch_of((), reqs, SORTING, context_length)
-            if max_step_tokens:
-                riding = prompts(share * max_step_tokens)
-                fused = batch_of(riding, reqs, SORTING, context_length)
-                yield lanes.lane(Phase.DECODE, lanes.table.whole), fused
-            for phase, batch in (
-                (Phase.PREFILL, long),
-                (Phase.PREFILL, many),
-                (Phase.DECODE, decode),
-            ):
-                for index in range(len(lanes.table)):
-                    yield lanes.lane(phase, lanes.table[index]), batch
+    def multiply() -> None:
+        for linear in linears:
+            x = linear.weight.new_zeros((max_tokens, linear.weight.shape[1]))
+            for rows in _sizes(max_tokens):
+                linear(x[:rows])
+        ids = torch.zeros(max_reqs, dtype=torch.int64, device=linears[0].weight.device)
+        hidden, _ = model.embed(ids)
+        for rows in _sizes(max_reqs):
+            model.logits(HiddenState(hidden[:rows], None), None)
 
-    for lane, batch in launches():
-        if free_bytes() < ROOM_BYTES:
-            logger.warning(
-                "Less than %.1f GB of memory is left before the %s lane of %s has run: launches "
-                "may stall when it first does. A lower --mem-fraction-static leaves more",
-                ROOM_BYTES / 1e9,
-                lane.phase.value,
-                lane.partition,
-            )
-            break
-        _run_ends(runner, lane, batch)
-    logger.info(
-        "Ran the largest batches in %.1f s; %.1f GB of memory is left",
-        time.perf_counter() - started_s,
-        free_bytes() / 1e9,
-    )
+    lane.launch(multiply).wait(LIMIT_S)
+    logger.info("Loaded matrix products in %.1f s", time.perf_counter() - started_s)
 
 
-def take_small_memory(lanes: LaneProvider, device: torch.device) -> None:
-    """Blocks for SMALL_TENSORS on every lane's stream, for which torch keeps them."""
+def load_sampling(config: ModelConfig, lane: Lane, device: torch.device, *, max_reqs: int) -> None:
+    """Draws from few and many rows, among few and all tokens: torch has other kernels for each.
 
-    def hold() -> None:
-        sizes = [SMALL_BYTES] * SMALL_TENSORS
-        held = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        del held
+    For all lanes: they share them.
+    """
+    wishes = [SamplingParams(temperature=1, top_k=k) for k in TOP_KS if k < config.vocab_size]
 
-    for phase in Phase:
-        for index in range(len(lanes.table)):
-            lanes.lane(phase, lanes.table[index]).launch(hold).wait(LIMIT_S)
+    def draw() -> None:
+        for rows in (count for count in SAMPLED_ROWS if count <= max_reqs):
+            logits = torch.zeros((rows, config.vocab_size), dtype=config.dtype, device=device)
+            positions = torch.zeros(rows, dtype=torch.int64, device=device)
+            for wish in (*wishes, SORTING):
+                batch = SamplingBatch.from_params(
+                    [wish] * rows, [0] * rows, config.vocab_size, device
+                )
+                sample(logits, positions, batch)
 
-
-def take_pinned_memory() -> None:
-    """Blocks of every size that uploads and results take; torch keeps them when they are freed."""
-    sizes = (1 << bits for bits in range(MAX_PINNED_BYTES.bit_length()))
-    held = [
-        torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        for size in sizes
-        for _ in range(PINNED_BLOCKS)
-    ]
-    del held
+    lane.launch(draw).wait(LIMIT_S)
 
 
-def _run_ends(runner: Runner, lane: Lane, batch: HostBatch) -> None:
-    """The first layer and the last, sampling included: those between take no more memory. A
-    decode step is never sliced."""
+def _sizes(most: int) -> Iterator[int]:
+    """Falling, from most on, and all that are smaller than a tile."""
+    tiles = range(-(-most // PRODUCT_ROWS) * PRODUCT_ROWS, 0, -PRODUCT_ROWS)
+    sizes = {rows - fewer for rows in tiles for fewer in FEWER_ROWS} | {*range(1, PRODUCT_ROWS)}
+    yield from sorted({most} | {rows for rows in sizes if rows < most}, reverse=True)
+
+
+def _run(runner: Runner, lane: Lane, batch: HostBatch) -> None:
     run = runner.start(batch)
-    layers = runner.num_layers
-    whole = lane.phase is Phase.DECODE or run.indivisible or layers == 1
-    for first, last in [(0, layers)] if whole else [(0, 1), (layers - 1, layers)]:
-        lane.launch(run.slice_work(lane, first, last)).wait(LIMIT_S)
-
-
-def _prompts(tokens: int, longest: int, max_prompts: int) -> list[int]:
-    """Lengths of as few prompts as have so many tokens."""
-    lengths = [longest] * (tokens // longest)
-    if rest := tokens % longest:
-        lengths.append(rest)
-    return lengths[:max_prompts]
-
-
-def batch_of(
-    prompts: Sequence[int], decode_reqs: int, sampling: SamplingParams, context_length: int
-) -> HostBatch:
-    """Prompts of so many tokens on slots 1, 2, ..., behind decodes of one token in scratch."""
-    count = sum(prompts)
-    scratch = np.zeros(decode_reqs, dtype=np.int64)
-    tokens = np.concatenate([scratch, *map(np.arange, prompts)])
-    slots = np.concatenate([scratch, np.arange(1, count + 1)])
-    lengths = np.concatenate([scratch + 1, np.asarray(prompts, dtype=np.int64)])
-    rows = np.concatenate([scratch + PADDING_ROW, FIRST_ROW + np.arange(len(prompts))])
-    return HostBatch(
-        decode_reqs=decode_reqs,
-        input_ids=np.zeros(count, dtype=np.int64),
-        positions=tokens,
-        token_slots=slots,
-        rows=rows,
-        seq_lens=lengths,
-        new_lens=lengths,
-        table_index=np.repeat(rows, lengths) * context_length + tokens,
-        table_slots=slots,
-        samples=(SampleWish(sampling, seed=0),) * len(rows),
-        sample_tokens=np.cumsum(lengths) - 1,
-        sample_rows=rows,
-    )
+    lane.launch(run.slice_work(lane, 0, runner.num_layers)).wait(LIMIT_S)

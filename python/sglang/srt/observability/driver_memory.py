@@ -9,7 +9,7 @@ def driver_allocations() -> dict[str, int] | None:
     """Since the start: device, pinned: blocks taken of either kind; retries: after giving back
     what was cached. None without a GPU in use.
 
-    Under load none of them should rise: see model_executor.warm_up.
+    Under load none of them should rise: see model_executor.memory_for_serving.
     """
     if not torch.cuda.is_initialized():
         return None

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from drift_scheduler.profile import ProfileKey
-from sglang.srt.layers.matmul.cache import default_folder
+from sglang.srt.cache_folder import default_folder
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs
 from sglang.version import __version__

@@ -25,12 +25,6 @@ PACKAGES = ("torch", "triton", "sgl-deep-gemm")
 Json = dict[str, Any]
 
 
-def default_folder() -> Path:
-    """~/.cache/sglang-drift, or its like under XDG_CACHE_HOME."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "sglang-drift"
-
-
 def versions() -> dict[str, str]:
     """Of the installed packages whose kernels are compared."""
     found = {}

@@ -16,6 +16,7 @@ from sglang.srt.layers.matmul.choice import (
     deep_gemm_piece,
     product_of,
 )
+from sglang.srt.layers.matmul.scratch import NO_SCRATCH, Scratch
 from sglang.srt.layers.matmul.table import LaneTable, rung
 
 
@@ -65,15 +66,28 @@ class LaneMatmul:
         self._fill(kernel, x, weight, out)
         return out if bias is None else out.add_(bias)
 
-    def gate_up_silu(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """See Matmul."""
+    def gate_up_silu(
+        self, x: torch.Tensor, linear: Linear, scratch: Scratch = NO_SCRATCH
+    ) -> torch.Tensor:
+        """See ScratchMatmul."""
         weight, bias = linear
-        kernel = None if bias is not None else self._find(self._fused, x, weight)
-        if kernel is None:
+        if bias is not None:
             return silu_and_mul(self(x, linear))
-        out = x.new_empty((x.shape[0], weight.shape[0] // 2))
-        kernel.product(x, weight, out)
-        return out
+        activated = scratch.activated(x, weight)
+        fused = self._find(self._fused, x, weight)
+        if fused is not None:
+            fused.product(x, weight, activated)
+            return activated
+        gate_up = scratch.gate_up(x, weight)
+        self._into(x, weight, gate_up)
+        return silu_and_mul(gate_up, activated)
+
+    def _into(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        kernel = self._find(self._products, x, weight)
+        if kernel is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            self._fill(kernel, x, weight, out)
 
     def _find(
         self, ladders: Mapping[tuple[int, ...], _Ladder], x: torch.Tensor, weight: torch.Tensor

@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from drift_scheduler.lane import Lane, LaneProvider, Phase
+from sglang.srt.cache_folder import default_folder
 from sglang.srt.layers.linear import Linear
-from sglang.srt.layers.matmul.base import Matmul, TorchMatmul
-from sglang.srt.layers.matmul.cache import TableCache, default_folder, versions
+from sglang.srt.layers.matmul.base import ScratchMatmul, TorchMatmul
+from sglang.srt.layers.matmul.cache import TableCache, versions
 from sglang.srt.layers.matmul.choice import Backend, supports
 from sglang.srt.layers.matmul.lane_matmul import LaneMatmul
 from sglang.srt.layers.matmul.product_bench import CudaProductBench, ProductBench
@@ -38,7 +39,7 @@ def tune_lanes(
     device: torch.device,
     allowed: Collection[Backend],
     cache_folder: Path | None = None,
-) -> dict[LaneKey, Matmul]:
+) -> dict[LaneKey, ScratchMatmul]:
     """The Matmul of every lane, by phase and partition index; ready: nothing compiles later.
 
     gate_ups: those of `linears` whose halves an activation joins. Tables of an earlier start are

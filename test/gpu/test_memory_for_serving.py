@@ -22,7 +22,7 @@ pytest.importorskip("cuda.core", reason="needs cuda-core (extra: cuda)")
 from drift_scheduler.lane import Phase
 from sglang.srt.model_executor import bring_up as bringing_up
 from sglang.srt.model_executor.bring_up import bring_up
-from sglang.srt.model_executor.warm_up import GREEDY, SORTING, batch_of
+from sglang.srt.model_executor.made_up_batches import GREEDY, SORTING, batch_of
 from sglang.srt.observability.driver_memory import driver_allocations
 from sglang.srt.server_args import ServerArgs
 
