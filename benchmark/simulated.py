@@ -64,6 +64,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "of 128 requests)",
     )
     parser.add_argument(
+        "--batch-launch-us",
+        type=not_negative,
+        default=1300.0,
+        help="host time before a prefill batch that is no graph, beside that of a launch (default: "
+        "1300, as on an H100 of what prompts of 1,000 to 6,000 tokens took)",
+    )
+    parser.add_argument(
         "--layer-launch-us",
         type=not_negative,
         default=500.0,
@@ -71,11 +78,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "prefills without graphs took 530 to 1,070 on an H100)",
     )
     parser.add_argument(
+        "--head-us",
+        type=not_negative,
+        default=450.0,
+        help="of a prefill batch's time, what comes behind its last layer (default: 450, as an "
+        "H100's last slices took more than others)",
+    )
+    parser.add_argument(
         "--noise",
         type=not_negative,
         default=0.03,
-        help="sigma of the logarithm of times of launches that share the device (default: 0.03, as "
-        "an H100's scatter from one to the next); of others a small part of it",
+        help="sigma of the logarithm of the times that launches take (default: 0.03, as an H100's "
+        "scatter from one to the next); of decode steps alone a small part of it",
     )
     parser.add_argument(
         "--timelines",
@@ -154,7 +168,9 @@ def _simulate(given: argparse.Namespace, windows: Sequence[tuple[Row, Workload]]
 
     host = Host(
         launch_us=given.launch_us,
+        batch_launch_us=given.batch_launch_us,
         layer_launch_us=given.layer_launch_us,
+        head_us=given.head_us,
         noise=given.noise,
         kv_tokens=given.kv_tokens,
         drain_seconds=given.drain_seconds,

@@ -54,14 +54,17 @@ _WINDOW = ("started_at", "seconds", "seed", "model", "server", "server_flags", "
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What a profile does not say. launch_us, layer_launch_us: see EngineLimits; noise: see Noise.
+    """What a profile does not say. launch_us, batch_launch_us, layer_launch_us: see EngineLimits;
+    head_us: see LaunchTimes; noise: see Noise.
 
     kv_tokens: of the pool, where the server's flags do not say. drain_seconds: after the last
     arrival, when the client stops, where the row does not say.
     """
 
     launch_us: float
+    batch_launch_us: float
     layer_launch_us: float
+    head_us: float
     noise: float
     kv_tokens: int
     drain_seconds: float
@@ -140,11 +143,13 @@ class WindowSimulator:
                 max_running=args.max_running_requests or GPU_MAX_RUNNING,
                 prefill_tokens=prefill_tokens,
                 launch_s=host.launch_us / 1e6,
+                batch_launch_s=host.batch_launch_us / 1e6,
                 layer_launch_s=host.layer_launch_us / 1e6,
                 graph_tokens=machine.graph_tokens,
                 block_tokens=BLOCK_TOKENS,
             ),
             noise_sigma=host.noise,
+            head_s=host.head_us / 1e6,
             seed=row["seed"],
             host_pauses=seen.host_pauses[row["timeline"]] if seen else (),
         )

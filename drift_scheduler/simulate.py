@@ -132,11 +132,13 @@ def _study(options: argparse.Namespace) -> _Study:
                 max_running=options.max_running,
                 prefill_tokens=options.prefill_tokens,
                 launch_s=options.launch_us / 1e6,
+                batch_launch_s=options.batch_launch_us / 1e6,
                 layer_launch_s=options.layer_launch_us / 1e6,
                 graph_tokens=machine.graph_tokens,
             ),
             route_slack_tokens=options.route_slack_tokens,
             noise_sigma=options.noise,
+            head_s=options.head_us / 1e6,
             seed=options.seed,
         ),
         policies,
@@ -181,17 +183,29 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--prefill-tokens", type=_count, default=8192, help="of a prefill batch")
     machine.add_argument("--launch-us", type=_not_negative, default=0.0, help="host, a launch")
     machine.add_argument(
+        "--batch-launch-us",
+        type=_not_negative,
+        default=0.0,
+        help="host, more before a prefill batch that is no graph",
+    )
+    machine.add_argument(
         "--layer-launch-us",
         type=_not_negative,
         default=0.0,
         help="host, each layer that is launched kernel by kernel",
     )
     machine.add_argument(
+        "--head-us",
+        type=_not_negative,
+        default=0.0,
+        help="of a prefill batch's time, what comes behind its last layer",
+    )
+    machine.add_argument(
         "--noise",
         type=_not_negative,
         default=0.0,
-        help="sigma of the logarithm of times of launches that share the device; of others a small "
-        "part of it",
+        help="sigma of the logarithm of the times that launches take; of decode steps alone a "
+        "small part of it",
     )
     machine.add_argument(
         "--route-slack-tokens",

@@ -32,8 +32,8 @@ class SimulationStuckError(RuntimeError):
 class ClusterSpec:
     """What is simulated. model: of the times that launches take. route_slack_tokens: see Router.
 
-    noise_sigma: see Noise; each replica draws its own, from the seed. host_pauses: when no host
-    does anything, though its device does; one behind the other.
+    noise_sigma: see Noise; each replica draws its own, from the seed. head_s: see LaunchTimes.
+    host_pauses: when no host does anything, though its device does; one behind the other.
     """
 
     replicas: int
@@ -43,6 +43,7 @@ class ClusterSpec:
     limits: EngineLimits
     route_slack_tokens: int = 16384
     noise_sigma: float = 0.0
+    head_s: float = 0.0
     seed: int = 0
     host_pauses: tuple[Span, ...] = ()
 
@@ -63,6 +64,7 @@ class Cluster:
                     spec.num_layers,
                     # A seed of each replica's own, other ones for another seed.
                     Noise(spec.noise_sigma, spec.seed * spec.replicas + index),
+                    head_s=spec.head_s,
                 ),
                 self.ledger,
                 cached=functools.partial(self._router.cached, index),

@@ -39,7 +39,8 @@ class EngineLimits:
     """max_running: requests that hold memory at once. prefill_tokens: new tokens of a prefill
     batch; a longer prompt is cut into chunks. block_tokens: see KvPool.
 
-    launch_s: host time before a launch runs. layer_launch_s: host time for each layer of what is
+    launch_s: host time before a launch runs. batch_launch_s: more of it before the first slice of
+    a prefill batch, which is planned then. layer_launch_s: host time for each layer of what is
     launched kernel by kernel, while it runs. graph_tokens: prefill batches and fused steps of so
     many tokens are a graph: one launch, and a batch is not sliced.
     """
@@ -48,13 +49,15 @@ class EngineLimits:
     max_running: int = 256
     prefill_tokens: int = 8192
     launch_s: float = 0.0
+    batch_launch_s: float = 0.0
     layer_launch_s: float = 0.0
     graph_tokens: int = 0
     block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
         counts = (self.kv_tokens, self.max_running, self.prefill_tokens, self.block_tokens)
-        if min(counts) < 1 or min(self.launch_s, self.layer_launch_s, self.graph_tokens) < 0:
+        host_s = (self.launch_s, self.batch_launch_s, self.layer_launch_s)
+        if min(counts) < 1 or min(*host_s, self.graph_tokens) < 0:
             raise ValueError(f"limits must be positive: {self}")
 
 
@@ -353,15 +356,16 @@ class SimEngine:
             steps = min(request.last_step + 1, self._next_step) - request.next_step
         return request.filled - self._pool.block_tokens * request.read_blocks + steps
 
-    def _slice_s(self, job: SimPrefill, lane: Lane, layers: int) -> float:
-        self._pass_launch_time()
+    def _slice_s(self, job: SimPrefill, lane: Lane, first: int, last: int) -> float:
+        limits = self._limits
+        self._launch(limits.launch_s if first else limits.launch_s + limits.batch_launch_s)
         if not job.indivisible:
-            self._host_s += layers * self._limits.layer_launch_s
+            self._host_s += (last - first) * limits.layer_launch_s
         beside = self._stepping[-1].shape if self._stepping else None
-        return self._times.layers_s(job.shape, layers, lane, beside)
+        return self._times.layers_s(job.shape, first, last, lane, beside)
 
     def _step_s(self, job: SimStep, lane: Lane) -> float:
-        self._pass_launch_time()
+        self._launch(self._limits.launch_s)
         if job.fused is not None:
             if job.shape.requests + job.fused.tokens > self._limits.graph_tokens:
                 self._host_s += self.num_layers * self._limits.layer_launch_s
@@ -369,7 +373,7 @@ class SimEngine:
         beside = self._prefilling[-1].shape if self._prefilling else None
         return self._times.step_s(job.shape, lane, beside)
 
-    def _pass_launch_time(self) -> None:
+    def _launch(self, host_s: float) -> None:
         """The host is busy with the launch, which begins when that is done."""
-        if self._limits.launch_s:
-            self._clock.advance_to(self._clock.now_s + self._limits.launch_s)
+        if host_s:
+            self._clock.advance_to(self._clock.now_s + host_s)

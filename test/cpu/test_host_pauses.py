@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 from contextlib import closing
 
 import pytest
 
-from benchmark.host_pauses import PAUSE_S, SLEEP_S, HostWatch, Pauses, sleep_and_look
+from benchmark.host_pauses import PAUSE_S, SLEEP_S, HostWatch, Pauses, sleep_and_look, stolen_s
 
 
 class FakeTime:
@@ -35,12 +36,31 @@ def test_only_long_pauses_count():
 
 
 def test_as_json():
-    assert Pauses().to_json() == {"over_5_ms": 0, "longest_ms": 0.0, "total_ms": 0.0}
-    assert Pauses([0.006, 0.02]).to_json() == {
+    assert Pauses().to_json() == {
+        "over_5_ms": 0,
+        "longest_ms": 0.0,
+        "total_ms": 0.0,
+        "stolen_ms": None,
+    }
+    assert Pauses([0.006, 0.02], stolen_s=0.5).to_json() == {
         "over_5_ms": 2,
         "longest_ms": 20.0,
         "total_ms": pytest.approx(26.0),
+        "stolen_ms": 500.0,
     }
+
+
+def test_stolen_time_is_the_kernels_count(tmp_path):
+    (tmp_path / "stat").write_text(
+        "cpu  441 0 610 60893 138 0 13 152 0 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n"
+    )
+    assert stolen_s(tmp_path / "stat") == 152 / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_kernel_that_does_not_count_stolen_time(tmp_path):
+    assert stolen_s(tmp_path / "stat") is None
+    (tmp_path / "stat").write_text("cpu 1 2 3 4\n")
+    assert stolen_s(tmp_path / "stat") is None
 
 
 def test_time_between_two_sleeps_counts_too():
@@ -63,6 +83,8 @@ def test_the_process_answers_until_it_is_closed():
         first = host.take()
         assert isinstance(first, Pauses)
         assert all(late_s > PAUSE_S for late_s in first.late_s)
-        assert isinstance(host.take(), Pauses)
+        second = host.take()
+        assert isinstance(second, Pauses)
+        assert (second.stolen_s is None) == (stolen_s() is None)
     assert host.take() is None
     host.close()

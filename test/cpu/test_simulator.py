@@ -26,7 +26,7 @@ from drift_scheduler.simulation.kv_pool import BLOCK_TOKENS, KvPool
 from drift_scheduler.simulation.replica import Driver, Replica
 from drift_scheduler.simulation.request import SimRequest
 from drift_scheduler.simulation.routing import Router
-from drift_scheduler.simulation.times import ALONE, LaunchTimes, Noise
+from drift_scheduler.simulation.times import STEP_ALONE, LaunchTimes, Noise
 from drift_scheduler.simulation.trace import TraceRequest, TraceRow, at_own_times, at_poisson_times
 from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import LaneRun
@@ -75,16 +75,36 @@ class TestNoise:
         assert beside == pytest.approx(0.2, rel=0.1)
         assert fused == pytest.approx(0.2, rel=0.1)
 
-    def test_what_is_alone_scatters_little(self):
+    def test_a_decode_step_alone_scatters_little(self):
         lanes = VirtualLanes(TABLE, VirtualClock())
-        whole, split = (lanes.lane(Phase.PREFILL, TABLE[index]) for index in (0, 1))
-        for lane, beside in ((whole, self.decode), (split, None)):
-            alone_s = Model().prefill(self.prefill, lane.partition, None).expected_s
+        whole, split = (lanes.lane(Phase.DECODE, TABLE[index]) for index in (0, 1))
+        for lane, beside in ((whole, self.prefill), (split, None)):
+            alone_s = Model().decode(self.decode, lane.partition, None).expected_s
             scatter = self.scatter(
-                lambda: self.times.layers_s(self.prefill, LAYERS, lane, beside),  # noqa: B023
+                lambda: self.times.step_s(self.decode, lane, beside),  # noqa: B023
                 alone_s,
             )
-            assert scatter == pytest.approx(0.2 * ALONE, rel=0.1)
+            assert scatter == pytest.approx(0.2 * STEP_ALONE, rel=0.1)
+
+    def test_layers_scatter_alone_too(self):
+        lane = VirtualLanes(TABLE, VirtualClock()).lane(Phase.PREFILL, TABLE[0])
+        alone_s = Model().prefill(self.prefill, TABLE[0], None).expected_s
+        scatter = self.scatter(
+            lambda: self.times.layers_s(self.prefill, 0, LAYERS, lane, None), alone_s
+        )
+        assert scatter == pytest.approx(0.2, rel=0.1)
+
+
+def test_the_head_comes_behind_the_last_layer():
+    lane = VirtualLanes(TABLE, VirtualClock()).lane(Phase.PREFILL, TABLE[0])
+    shape = PrefillShape(100, 10_000, 0)  # 100 ms
+    times = LaunchTimes(Model(), LAYERS, head_s=0.020)
+    slices = [times.layers_s(shape, layer, layer + 1, lane, None) for layer in range(LAYERS)]
+    assert slices == pytest.approx([0.020, 0.020, 0.020, 0.040])
+    assert times.layers_s(shape, 0, LAYERS, lane, None) == pytest.approx(0.100)
+    # A short batch is not all head.
+    short = PrefillShape(10, 100, 0)
+    assert times.layers_s(short, 3, 4, lane, None) == pytest.approx(0.005 / 4 + 0.005)
 
 
 class Recorder:
@@ -219,6 +239,15 @@ def test_layers_without_a_graph_keep_the_host_while_they_run():
     # a's four layers end at 100 ms, but the host launches them until 120 ms; then it launches b's.
     assert heard.done["a"].pace.first_s == pytest.approx(0.120)
     assert heard.done["b"].pace.first_s == pytest.approx(0.240)
+
+
+def test_a_batch_is_planned_before_its_first_slice():
+    bench = Bench(Impatient(), launch_s=0.001, batch_launch_s=0.010)
+    bench.ask("a", 100, 1)
+    bench.finish()
+    # Each slice takes 25 ms, and is launched when the one before it has ended.
+    starts_s = [run.span.start_s for run in bench.runs]
+    assert starts_s == pytest.approx([0.011, 0.037, 0.063, 0.089])
 
 
 def test_a_graph_is_one_launch_and_not_sliced():
@@ -604,7 +633,7 @@ requests_strategy = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     requests_strategy,
     st.sampled_from(POLICIES),
@@ -650,7 +679,7 @@ def test_a_late_prompt_is_served_within_its_bound_however_many_fresh_ones_come()
     assert waited_s < 2 * PATIENCE_S + LATE_TURN * SLOT_S + 4.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_the_pool_agrees_with_a_plain_account(data):
     """Paths of blocks are read, let go, published; tokens are taken and given back."""
