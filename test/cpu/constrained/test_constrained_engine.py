@@ -356,7 +356,6 @@ def test_a_retracted_answer_goes_on_where_it_was(server):
 
 @settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmark.structured_cases import cases
-from sglang.srt.constrained.grammar import Grammar, GrammarError
+from sglang.srt.constrained.grammar import MAX_WHITESPACE_CHARS, Grammar, GrammarError
 
 LETTERS = "abc"
 LONGEST = 7
@@ -21,10 +21,36 @@ ALL_WORDS = [
     for length in range(LONGEST + 1)
     for word in itertools.product(LETTERS, repeat=length)
 ]
+BOOLEANS = {"type": "array", "items": {"type": "boolean"}, "minItems": 1}
+# In every form that a schema comes in, the text before its array.
+FORMS = [
+    ("json_schema", BOOLEANS, ""),
+    (
+        "structural_tag",
+        {
+            "structures": [{"begin": "<f>", "schema": BOOLEANS, "end": "</f>"}],
+            "triggers": ["<f"],
+        },
+        "<f>",
+    ),
+    (
+        "structural_tag",
+        {
+            "type": "structural_tag",
+            "format": {
+                "type": "sequence",
+                "elements": [
+                    {"type": "const_string", "value": "<g>"},
+                    {"type": "json_schema", "json_schema": BOOLEANS},
+                ],
+            },
+        },
+        "<g>",
+    ),
+]
 SHARED = settings(
     max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 
@@ -209,13 +235,46 @@ def test_answers_share_what_is_compiled_but_not_how_far_they_are(backend, vocabu
 
 
 def test_json_is_compact_where_whitespace_is_disabled(make_backend, vocabulary, constrain):
-    schema = json.dumps({"type": "array", "items": {"type": "boolean"}, "minItems": 1})
+    schema = json.dumps(BOOLEANS)
     free = constrain(make_backend(), "json_schema", schema)
     compact = constrain(make_backend(any_whitespace=False), "json_schema", schema)
     for constraint, spaced in ((free, True), (compact, False)):
         constraint.take(vocabulary.entries.index("["))
         allowed = vocabulary.allowed(constraint.allowed(1))
         assert (vocabulary.entries.index("\n") in allowed) is spaced
+
+
+def after_array_and(text, kind, definition, before, backend, vocabulary, constrain):
+    """The entries that may come behind `[` and the text."""
+    if "format" in definition and "Guidance" in type(backend).__name__:
+        pytest.skip("llguidance knows the older form alone")
+    constraint = constrain(backend, kind, json.dumps(definition))
+    taken = [*before, "[", *text]
+    for character in taken:
+        assert constraint.take(vocabulary.entries.index(character)) is None
+    allowed = vocabulary.allowed(constraint.allowed(len(taken)))
+    return {vocabulary.entries[token] for token in allowed}
+
+
+@pytest.mark.parametrize(("kind", "definition", "before"), FORMS)
+@settings(SHARED, max_examples=20)
+@given(text=st.text(" \n\t", min_size=MAX_WHITESPACE_CHARS, max_size=MAX_WHITESPACE_CHARS))
+def test_whitespace_has_an_end(kind, definition, before, backend, vocabulary, constrain, text):
+    behind = after_array_and(text, kind, definition, before, backend, vocabulary, constrain)
+    assert behind == {"t", "true", "f"}
+
+
+@pytest.mark.parametrize(("kind", "definition", "before"), FORMS[1:])
+def test_flags_of_whitespace_hold_within_tags(
+    kind, definition, before, make_backend, vocabulary, constrain
+):
+    compact = make_backend(any_whitespace=False)
+    behind = after_array_and("", kind, definition, before, compact, vocabulary, constrain)
+    if "Guidance" in type(compact).__name__:
+        assert behind == {"t", "true", "f"}
+    else:  # xgrammar's tags cannot do without
+        behind = after_array_and(" ", kind, definition, before, compact, vocabulary, constrain)
+        assert behind == {"t", "true", "f"}
 
 
 def test_a_whitespace_pattern_says_what_stands_between_parts(

@@ -15,6 +15,10 @@ GrammarKind = Literal["json_schema", "regex", "ebnf", "structural_tag"]
 GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
 Words = npt.NDArray[np.int32]
 
+# Between two parts of freely laid out JSON. Without an end to it, models that are small or warm
+# write newlines until their last token. xgrammar's automata grow with it.
+MAX_WHITESPACE_CHARS = 24
+
 
 class Grammar(NamedTuple):
     """A grammar as a client wrote it."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.constrained.grammar import Grammar, GrammarError, Words
+from sglang.srt.constrained.grammar import (
+    MAX_WHITESPACE_CHARS,
+    Grammar,
+    GrammarError,
+    Words,
+)
 from sglang.srt.constrained.structural_tags import legacy_tags
 
 if TYPE_CHECKING:
@@ -17,12 +22,13 @@ _BASE_BYTES = 64 << 10
 _BYTES_PER_CHAR = 64
 # A lexer state takes one or two kilobytes; the library's own limit would be half a gigabyte.
 _MAX_LEXER_STATES = 50_000
+_WHITESPACE = f"[ \\t\\r\\n]{{0,{MAX_WHITESPACE_CHARS}}}"
 MAX_REASON_CHARS = 500
 
 
 class LLGuidanceBackend:
     """any_whitespace: whether JSON may be laid out freely, or is compact; whitespace_pattern: the
-    regex of what may stand between its parts."""
+    regex of what may stand between its parts, if not at most MAX_WHITESPACE_CHARS of any."""
 
     def __init__(
         self,
@@ -39,8 +45,8 @@ class LLGuidanceBackend:
         self.special_ids = frozenset(special_ids)
         self._tokens = tokens
         self._json_options: JsonCompileOptions = {"whitespace_flexible": any_whitespace}
-        if whitespace_pattern is not None:
-            self._json_options["whitespace_pattern"] = whitespace_pattern
+        if any_whitespace:
+            self._json_options["whitespace_pattern"] = whitespace_pattern or _WHITESPACE
 
     @classmethod
     def of_tokenizer(
@@ -97,7 +103,22 @@ class LLGuidanceBackend:
             case "ebnf":
                 return llguidance.grammar_from("ebnf", text)
             case "structural_tag":
-                return _structural_tag(text)
+                return self._structural_tag(text)
+
+    def _structural_tag(self, text: str) -> str:
+        from llguidance import StructTag
+
+        legacy = legacy_tags(text)
+        if legacy is None:
+            raise GrammarError(
+                "the llguidance backend takes structural tags as structures and triggers only"
+            )
+        tags = []
+        for tag in legacy.structures:
+            trigger = next(t for t in legacy.triggers if t and tag.begin.startswith(t))
+            schema = {**tag.schema, "x-guidance": self._json_options}
+            tags.append(StructTag(trigger=trigger, begin=tag.begin, grammar=schema, end=tag.end))
+        return StructTag.to_grammar(tags, assume_special=False)
 
 
 class CompiledLLGuidance:
@@ -120,21 +141,6 @@ class LLGuidanceMatcher:
 
     def accept(self, token: int) -> bool:
         return self._matcher.consume_token(token)
-
-
-def _structural_tag(text: str) -> str:
-    from llguidance import StructTag
-
-    legacy = legacy_tags(text)
-    if legacy is None:
-        raise GrammarError(
-            "the llguidance backend takes structural tags as structures and triggers only"
-        )
-    tags = []
-    for tag in legacy.structures:
-        trigger = next(t for t in legacy.triggers if t and tag.begin.startswith(t))
-        tags.append(StructTag(trigger=trigger, begin=tag.begin, grammar=tag.schema, end=tag.end))
-    return StructTag.to_grammar(tags, assume_special=False)
 
 
 def _reason(error: object) -> GrammarError:

@@ -8,7 +8,13 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.constrained.grammar import Grammar, GrammarError, Words, words_of
+from sglang.srt.constrained.grammar import (
+    MAX_WHITESPACE_CHARS,
+    Grammar,
+    GrammarError,
+    Words,
+    words_of,
+)
 from sglang.srt.constrained.patterns import with_plain_patterns
 from sglang.srt.constrained.schema_support import unenforced_keyword
 from sglang.srt.constrained.structural_tags import legacy_tags
@@ -100,14 +106,18 @@ class XGrammarBackend:
         match grammar.kind:
             case "json_schema":
                 return self._compiler.compile_json_schema(
-                    with_plain_patterns(text), any_whitespace=self._any_whitespace
+                    with_plain_patterns(text),
+                    any_whitespace=self._any_whitespace,
+                    max_whitespace_cnt=MAX_WHITESPACE_CHARS if self._any_whitespace else None,
                 )
             case "regex":
                 return self._compiler.compile_regex(text)
             case "ebnf":
                 return self._compiler.compile_grammar(text)
             case "structural_tag":
-                return self._compiler.compile_structural_tag(_structural_tag(text))
+                return self._compiler.compile_structural_tag(
+                    _structural_tag(text, MAX_WHITESPACE_CHARS if self._any_whitespace else 1)
+                )
 
 
 class CompiledXGrammar:
@@ -139,20 +149,37 @@ class XGrammarMatcher:
         return accepted
 
 
-def _structural_tag(text: str) -> Any:
-    """The library's own form; the older one, a list of tags and triggers, is translated."""
+def _structural_tag(text: str, max_whitespace_chars: int) -> str:
+    """The library's own form; the older one, a list of tags and triggers, is translated. Where
+    its JSON says nothing of whitespace, so much may stand between two parts."""
     import xgrammar
 
     legacy = legacy_tags(text)
     if legacy is None:
-        return text
-    return xgrammar.StructuralTag.from_legacy_structural_tag(
-        [
-            xgrammar.StructuralTagItem(begin=tag.begin, schema=json.dumps(tag.schema), end=tag.end)
-            for tag in legacy.structures
-        ],
-        legacy.triggers,
-    )
+        tag = json.loads(text)
+    else:
+        tag = xgrammar.StructuralTag.from_legacy_structural_tag(
+            [
+                xgrammar.StructuralTagItem(
+                    begin=tag.begin, schema=json.dumps(tag.schema), end=tag.end
+                )
+                for tag in legacy.structures
+            ],
+            legacy.triggers,
+        ).model_dump()
+    _limit_whitespace(tag, max_whitespace_chars)
+    return json.dumps(tag)
+
+
+def _limit_whitespace(part: Any, chars: int) -> None:
+    if isinstance(part, list):
+        for inner in part:
+            _limit_whitespace(inner, chars)
+    elif isinstance(part, dict):
+        if part.get("type") != "json_schema":
+            _limit_whitespace(list(part.values()), chars)
+        elif part.get("max_whitespace_cnt") is None:
+            part["max_whitespace_cnt"] = chars
 
 
 def _tokens_with(bytes_like: re.Pattern[bytes], tokens: Any, vocab_size: int) -> Words:
