@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sglang.srt.converted_tokenizers import keep, kept_at
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_source import resolve_model_source
 from sglang.srt.tokenizer import load_tokenizer
@@ -79,10 +80,42 @@ def test_other_wrong_arguments(tokenizer_dir):
 
 
 @pytest.mark.timeout(120)
-def test_from_a_gguf_file(smollm2_path):
-    tokenizer = load_tokenizer(resolve_model_source(str(smollm2_path)))
-    text = "Grüße, 世界! 12 + 30 = 42\n"
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.eos_token_id == 2
-    assert "<|im_start|>user\nhi<|im_end|>" in render(tokenizer, "hi")
+def test_from_a_gguf_file(smollm2_path, tmp_path, monkeypatch):
+    """The second time it is read from where the first time has kept it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = resolve_model_source(str(smollm2_path))
+    converted = load_tokenizer(source)
+    with monkeypatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", None)
+        read_again = load_tokenizer(source)
+    text = "Grüße, 世界! 12 + 30 = 42 <|im_end|>\n"
+    for tokenizer in converted, read_again:
+        ids = tokenizer.encode(text)
+        assert ids == converted.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_token_id == 2
+        assert tokenizer.all_special_tokens == converted.all_special_tokens
+        assert "<|im_start|>user\nhi<|im_end|>" in render(tokenizer, "hi")
+        assert render(tokenizer, "hi") == render(converted, "hi")
+    assert read_again.get_vocab() == converted.get_vocab()
+    assert type(read_again) is type(converted)
+
+
+def test_a_changed_file_is_converted_anew(tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    place = kept_at(file)
+    assert kept_at(file) == place
+    file.write_bytes(b"GGUF more")
+    assert kept_at(file) != place
+
+
+def test_a_tokenizer_is_kept_once_and_where_it_cannot_be_is_no_error(tokenizer_dir, tmp_path):
+    tokenizer = load_tokenizer(tokenizer_dir)
+    place = tmp_path / "cache" / "place"
+    keep(tokenizer, place)
+    keep(tokenizer, place)
+    assert list(place.parent.iterdir()) == [place]
+    assert load_tokenizer(place).encode("hello") == [1]
+    (tmp_path / "file").touch()
+    keep(tokenizer, tmp_path / "file" / "place")

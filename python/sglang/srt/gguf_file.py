@@ -62,8 +62,20 @@ class GgufFile:
 def _open(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    class PlainReader(GGUFReader):
+        """Sees the mapped file as a plain array: of the class that numpy.memmap makes of each of
+        a vocabulary's hundred thousand slices, a reader takes three times as long."""
+
+        @property  # type: ignore[override]
+        def data(self) -> npt.NDArray[np.uint8]:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: npt.NDArray[np.uint8]) -> None:
+            self._plain = mapped.view(np.ndarray)
+
     try:
-        return GGUFReader(path)
+        return PlainReader(path)
     # A damaged header surfaces as whatever numpy or the package trips over.
     except Exception as error:
         raise ConfigError(f"{path} cannot be read as a GGUF file: {error}") from error

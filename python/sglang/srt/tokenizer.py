@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt import converted_tokenizers
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_source import ModelSource
 
@@ -38,8 +39,13 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     where, arguments = _locate(tokenizer_path if tokenizer_path is not None else source)
+    kept = None
     if tokenizer_mode == "slow":
         arguments["use_fast"] = False
+    elif "gguf_file" in arguments:
+        kept = converted_tokenizers.kept_at(Path(where, arguments["gguf_file"]))
+        if kept.is_dir():
+            where, arguments = str(kept), {}
     if revision is not None:
         arguments["revision"] = revision
     try:
@@ -52,6 +58,8 @@ def load_tokenizer(
         raise ConfigError(
             f"No tokenizer could be loaded from {where} ({reason}); {_WAYS_OUT}"
         ) from error
+    if kept is not None and not kept.is_dir():
+        converted_tokenizers.keep(tokenizer, kept)
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
