@@ -34,7 +34,7 @@ from sglang.srt.profiling import calibrate
 from sglang.srt.profiling.calibrate import key_of, latencies_for, limits_of
 from sglang.srt.profiling.graph_sizes import padded_sizes
 from sglang.srt.profiling.key import cache_path, profile_key
-from sglang.srt.profiling.meter import EngineMeter, riding
+from sglang.srt.profiling.meter import EngineMeter, engine_meter, riding
 from sglang.srt.profiling.options import DEFAULT_MINUTES, parse_options
 from sglang.srt.profiling.report import Findings, error_table, slowdowns, write_report
 from sglang.srt.server_args import ServerArgs
@@ -384,6 +384,50 @@ def engine(flags_of):
     executor.lanes.close()
 
 
+class FixedTimes:
+    """Runs what an engine's meter runs, and says that each token took 1 ms and each prompt 10 ms:
+    what a busy machine measures has no order."""
+
+    def __init__(self, meter):
+        self.meter = meter
+
+    def decode(self, partition, batch, times):
+        measured = self.meter.decode(partition, batch, times)
+        return dataclasses.replace(measured, seconds=self.step_s(batch), slowest_s=None)
+
+    def prefill(self, partition, batch, times):
+        measured = self.meter.prefill(partition, batch, times)
+        return dataclasses.replace(measured, seconds=self.run_s(batch), slowest_s=None)
+
+    def fused(self, decode, prefill, times):
+        measured = self.meter.fused(decode, prefill, times)
+        seconds = self.step_s(decode) + self.run_s(prefill)
+        return dataclasses.replace(measured, seconds=seconds, slowest_s=None)
+
+    def side_by_side(self, partition, decode, prefill, repetitions):
+        step, run = self.meter.side_by_side(partition, decode, prefill, repetitions)
+        return (
+            dataclasses.replace(step, seconds=1.5 * self.step_s(decode), slowest_s=None),
+            dataclasses.replace(run, seconds=2.0 * self.run_s(prefill), slowest_s=None),
+        )
+
+    @staticmethod
+    def step_s(batch):
+        return 1e-3 * batch.requests
+
+    @staticmethod
+    def run_s(batch):
+        return batch.prompts * (0.01 + 1e-3 * batch.new)
+
+
+@pytest.fixture
+def fixed_times(monkeypatch):
+    monkeypatch.setattr(
+        "sglang.srt.profiling.meter.engine_meter",
+        lambda *given, **named: FixedTimes(engine_meter(*given, **named)),
+    )
+
+
 def start(args, executor, **more):
     return latencies_for(
         args,
@@ -437,19 +481,23 @@ class TestRun:
 @needs_two_cores
 class TestLatenciesFor:
     def test_a_first_start_calibrates_and_a_second_one_does_not(
-        self, engine, tmp_path, monkeypatch, caplog
+        self, engine, tmp_path, monkeypatch, caplog, fixed_times
     ):
         args, executor = engine
         caplog.set_level(logging.INFO)
-        latencies = start(args, executor, folder=tmp_path, budget_s=2.0)
+        latencies = start(args, executor, folder=tmp_path, budget_s=10.0)
         assert "Calibrated the latency model" in caplog.text
         assert "python -m sglang.profile_drift" in caplog.text
         (path,) = tmp_path.glob("*.brief.json")
         table = executor.lanes.table
         for partition in (table.whole, *table.splits):
-            short = latencies.prefill(PrefillShape.of([(16, 0)]), partition, None)
-            long = latencies.prefill(PrefillShape.of([(256, 0)]), partition, None)
-            assert 0 < short.expected_s < long.expected_s
+            for tokens in (32, 256):
+                alone = latencies.prefill(PrefillShape.of([(tokens, 0)]), partition, None)
+                assert alone.expected_s == pytest.approx(0.01 + 1e-3 * tokens, rel=0.05)
+        (split,) = table.splits
+        beside = DecodeShape(16, 16 * 128)
+        run = latencies.prefill(PrefillShape.of([(256, 256)]), split, beside)
+        assert run.expected_s == pytest.approx(2 * 0.266, rel=0.05)
 
         monkeypatch.setattr(calibrate, "_calibrate", None)
         again = start(args, executor, folder=tmp_path)
