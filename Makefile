@@ -49,12 +49,10 @@ serve: $(READY)
 demo: $(READY)
 	$(PYTHON) -m benchmark.demo $(ARGS)
 
-# Servers of a real model want the machine to themselves; all other tests run two at a time.
+# One process runs all tests with servers of a real model, from the start, for it takes longest; two
+# share the others.
 test: $(READY)
-	@failed=0; \
-	$(PYTHON) -m pytest test/cpu --numprocesses 2 --dist loadfile $(ARGS) || failed=1; \
-	$(PYTHON) -m pytest test/e2e $(ARGS) || failed=1; \
-	exit $$failed
+	$(PYTHON) -m pytest test/e2e test/cpu --numprocesses 3 --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(READY)
 	$(PYTHON) -m pytest test/gpu $(ARGS)

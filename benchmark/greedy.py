@@ -107,6 +107,12 @@ class Reference:
         ).eval()
 
     @torch.inference_mode()
+    def logits(self, ids: Ids) -> torch.Tensor:
+        """Of the token behind each of ids, [len(ids), vocab] f32."""
+        logits: torch.Tensor = self._model(torch.tensor([ids])).logits[0]
+        return logits
+
+    @torch.inference_mode()
     def ties(self, prompt: Ids, output: Ids) -> int:
         """Places where `output` takes a token that is as good as the likeliest within TIE.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
 from sglang.srt.layers.matmul.base import TorchMatmul
@@ -26,6 +27,10 @@ from sglang.srt.model_executor.forward_batch import ForwardBatch
 from sglang.srt.models.base import CausalLM, LayerContext
 from sglang.srt.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
+
+# How fast an example is says nothing where tests share two processors.
+settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-speed")
 
 TinyModelDir = Callable[..., Path]
 

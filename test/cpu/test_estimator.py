@@ -290,7 +290,7 @@ some_batches = st.lists(
 some_steps = st.builds(DecodeShape, st.integers(1, 256), st.integers(1, 500_000))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(splits, some_batches, some_seconds), min_size=1, max_size=10),
     st.lists(st.tuples(splits, some_steps, some_seconds), min_size=1, max_size=10),

@@ -16,8 +16,8 @@ from sglang.srt.layers.matmul.base import TorchMatmul
 from sglang.srt.mem_cache.kv_pool import DeviceKVPool
 from sglang.srt.model_config import ModelConfig, resolve_model_source
 from sglang.srt.model_executor.live_model import TAGS, LiveModel
+from sglang.srt.model_executor.made_up_batches import GREEDY, batch_of
 from sglang.srt.model_executor.model_runner import LaneKernels, ModelRunner
-from sglang.srt.model_executor.warm_up import GREEDY, batch_of
 from sglang.srt.model_loader import load_model
 from sglang.srt.server_args import ServerArgs
 

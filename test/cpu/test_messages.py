@@ -105,7 +105,7 @@ def test_every_message_survives_every_socket_that_takes_it(kind: type[Message]) 
     assert directions, f"{kind.__name__} is on no socket"
     decoders = [decoder_for(union) for union in directions]
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
     @given(message=_values(kind))
     def survives(message: Message) -> None:
         packed = encode(message)

@@ -52,7 +52,7 @@ def test_a_table_that_makes_no_sense_is_refused(splits, reason):
         PartitionTable(4, splits)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(
     total=st.integers(1, 200),
     splits=st.integers(1, 12),

@@ -274,7 +274,7 @@ class TestGrid:
         page_size=st.sampled_from([1, 16, 64]),
         effort=st.sampled_from(Effort),
     )
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def test_any_engine_has_points_that_fit_it(
         self, prefill_tokens, requests, pages, context_length, page_size, effort
     ):

@@ -392,7 +392,7 @@ class RadixModel(RuleBasedStateMachine):
 
 
 TestRadixModel = RadixModel.TestCase
-TestRadixModel.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestRadixModel.settings = settings(max_examples=80, stateful_step_count=30)
 
 
 class LruModel(RuleBasedStateMachine):
@@ -422,4 +422,4 @@ class LruModel(RuleBasedStateMachine):
 
 
 TestLruModel = LruModel.TestCase
-TestLruModel.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestLruModel.settings = settings(max_examples=30, stateful_step_count=40)

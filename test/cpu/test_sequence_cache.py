@@ -336,4 +336,4 @@ class LivesModel(RuleBasedStateMachine):
 
 
 TestLivesModel = LivesModel.TestCase
-TestLivesModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLivesModel.settings = settings(max_examples=100, stateful_step_count=40)

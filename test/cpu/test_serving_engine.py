@@ -431,7 +431,6 @@ def check_logprobs(answer: Answer, wish: Wish) -> None:
 
 @settings(
     max_examples=400,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -39,7 +39,7 @@ def ticks_of(pattern: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return spans
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(prefill=runs_of_a_phase, decode=runs_of_a_phase, order=st.randoms(use_true_random=False))
 def test_totals_equal_a_count_of_every_tick(prefill, decode, order):
     spans = {Phase.PREFILL: ticks_of(prefill), Phase.DECODE: ticks_of(decode)}
@@ -228,7 +228,7 @@ def all_pages(timeline: Timeline, now_s: float, seconds: float, limit: int) -> l
     return pages
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     added=st.integers(0, 40),
     seconds=st.integers(1, 50),

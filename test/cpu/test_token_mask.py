@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang.srt.constrained.grammar import words_of
@@ -22,7 +22,6 @@ def words(sets: list[set[int]], vocab_size: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([words_of(allowed, vocab_size) for allowed in sets]))
 
 
-@settings(deadline=None)
 @given(data=st.data(), vocab_size=st.integers(1, 100), padding=st.sampled_from([0, 40]))
 def test_exactly_the_forbidden_tokens_of_the_named_rows_get_minus_infinity(
     data, vocab_size, padding

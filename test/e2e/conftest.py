@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmark.greedy import Reference
 from benchmark.server_process import ServerProcess
 from benchmark.smollm2 import model_path
 
@@ -173,6 +174,12 @@ def tokenizer(smollm2: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2: Path) -> Reference:
+    """The model in transformers."""
+    return Reference(smollm2)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import sglang as sgl
+from benchmark.greedy import Reference
 
 TOLERANCE = 1e-3
 LIMIT_S = 120.0
@@ -132,21 +133,14 @@ def test_forks_find_the_text_that_they_share_in_the_cache() -> None:
 
 
 @pytest.fixture(scope="module")
-def mean_logprob(smollm2: Path, tokenizer: Any) -> Callable[[str, str], float]:
+def mean_logprob(reference: Reference, tokenizer: Any) -> Callable[[str, str], float]:
     """mean_logprob(prompt, choice): over the choice's tokens, by transformers in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
-    )
-
-    @torch.inference_mode()
     def of(prompt: str, choice: str) -> float:
         ids = tokenizer(prompt + choice)["input_ids"]
         start = len(tokenizer(prompt)["input_ids"])
         assert ids[:start] == tokenizer(prompt)["input_ids"]
-        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logprobs = reference.logits(ids).log_softmax(-1)
         return float(sum(logprobs[i - 1, ids[i]] for i in range(start, len(ids)))) / (
             len(ids) - start
         )

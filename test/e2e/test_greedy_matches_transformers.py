@@ -22,11 +22,6 @@ MAX_PROMPTS_WITH_TIES = 3
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2: Path) -> Reference:
-    return Reference(smollm2)
-
-
-@pytest.fixture(scope="module")
 def texts(tokenizer: Any) -> list[str]:
     return twenty_prompts(tokenizer)
 

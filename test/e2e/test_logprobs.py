@@ -9,26 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from benchmark.greedy import Reference
+
 TOLERANCE = 1e-3
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 NEW_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2: Any) -> Any:
-    """reference(ids) -> log-probabilities [len(ids), vocab] f32, at a temperature."""
-    from transformers import AutoModelForCausalLM
+def logprobs(reference: Reference) -> Any:
+    """logprobs(ids) -> [len(ids), vocab] f32, at a temperature."""
 
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
-    )
+    def of(ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+        return (reference.logits(ids) / temperature).log_softmax(-1)
 
-    @torch.inference_mode()
-    def logprobs(ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-        logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
-        return (logits / temperature).log_softmax(-1)
-
-    return logprobs
+    return of
 
 
 def agree(got: list[Any], expected: torch.Tensor, ids: list[int]) -> None:
@@ -38,10 +33,10 @@ def agree(got: list[Any], expected: torch.Tensor, ids: list[int]) -> None:
     assert values == pytest.approx(expected[ids].tolist(), abs=TOLERANCE)
 
 
-def check(reference: Any, prompt: list[int], start: int, result: Any, temperature: float) -> None:
+def check(logprobs: Any, prompt: list[int], start: int, result: Any, temperature: float) -> None:
     info, output = result["meta_info"], result["output_ids"]
     sequence = [*prompt, *output]
-    of_prompt, of_output = reference(sequence), reference(sequence, temperature)
+    of_prompt, of_output = logprobs(sequence), logprobs(sequence, temperature)
     assert info["input_token_logprobs"][0] == [None, prompt[start], None]
     assert info["input_top_logprobs"][0] is info["input_token_ids_logprobs"][0] is None
     for i, position in enumerate(range(start + 1, len(prompt)), 1):
@@ -60,7 +55,7 @@ def check(reference: Any, prompt: list[int], start: int, result: Any, temperatur
 
 @pytest.mark.parametrize("policy", ["adaptive", "chunked:64", "static"])
 def test_they_are_those_of_transformers(
-    server: Any, client: Any, tokenizer: Any, reference: Any, policy: str
+    server: Any, client: Any, tokenizer: Any, logprobs: Any, policy: str
 ) -> None:
     if policy == "static":
         split = client.state()["pd_multiplex"]["partitions"][1]
@@ -94,7 +89,7 @@ def test_they_are_those_of_transformers(
                     )
                 )
             for (start, temperature), result in zip(asks, results, strict=True):
-                check(reference, prompt, start, result, temperature or 1.0)
+                check(logprobs, prompt, start, result, temperature or 1.0)
         cached = [result["meta_info"]["cached_tokens"] for result in results]
         assert cached == [start for start, _ in asks]
     finally:
@@ -102,7 +97,7 @@ def test_they_are_those_of_transformers(
 
 
 def test_prompts_can_be_scored_without_an_answer(
-    client: Any, tokenizer: Any, reference: Any
+    client: Any, tokenizer: Any, logprobs: Any
 ) -> None:
     """How `select` of the frontend language ranks its choices."""
     result = client.generate(
@@ -115,7 +110,7 @@ def test_prompts_can_be_scored_without_an_answer(
     prompt = tokenizer(PROMPT)["input_ids"]
     first, *rest = result["meta_info"]["input_token_logprobs"]
     assert first == [None, prompt[0], tokenizer.decode(prompt[:1])]
-    expected = reference(prompt)[torch.arange(len(prompt) - 1), prompt[1:]]
+    expected = logprobs(prompt)[torch.arange(len(prompt) - 1), prompt[1:]]
     assert sum(value for value, _, _ in rest) / len(rest) == pytest.approx(
         float(expected.mean()), abs=TOLERANCE
     )

@@ -133,7 +133,8 @@ def test_real_text_survives_any_cut(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_random_ids_add_up_to_the_whole(
@@ -335,7 +336,8 @@ def test_first_stop_does_not_depend_on_how_text_is_cut(text: str, stops: list[st
 
 
 @settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
     rows=st.lists(st.lists(st.integers(0, 49151), max_size=6), min_size=1, max_size=8),
@@ -361,9 +363,8 @@ def test_a_tokenizer_with_a_decoding_of_its_own_keeps_it(tokenizer: Any) -> None
 
 @settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
     text=st.text("ab \u00fc\U0001f44d\n1", min_size=1, max_size=24),

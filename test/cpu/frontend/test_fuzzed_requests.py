@@ -84,7 +84,6 @@ def drive(operation: Any, mode: schemathesis.GenerationMode) -> list[str]:
         max_examples=EXAMPLES,
         derandomize=True,
         database=None,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
