@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ _ATTENTION_STIFFNESS = (3e-4, 3e-3, 3e-2, 1e3)
 # A causal prompt attends to half of its own square: how firmly a is held near half of h's last
 # slope. Prompts run alone do not tell a from f, for their squares follow from their sizes.
 _CAUSAL = 1e-2
+# Errors that differ by no more, relatively, are the same.
+_ALIKE = 1e-6
 # How firmly fused steps are held to what decode and prefill cost.
 _KNOWN = 1e-2
 # What any work takes at least, of the shortest sample.
@@ -221,11 +223,24 @@ def _setting(
     pairs = itertools.product(tiles, attention_tiles)
     # A line that may bend hides which tiles it is counted in.
     straight = max(_ATTENTION_STIFFNESS)
-    best = min((_Setting(rows, tile, middle, straight) for rows, tile in pairs), key=error)
-    best = min((best._replace(stiffness=stiffness) for stiffness in _STIFFNESS), key=error)
+    best = _first_of_the_best(
+        [_Setting(rows, tile, middle, straight) for rows, tile in pairs], error
+    )
+    best = _first_of_the_best([best._replace(stiffness=s) for s in _STIFFNESS], error)
     if len(attention_tiles) == 1:
         return best
-    return min((best._replace(attention_stiffness=s) for s in _ATTENTION_STIFFNESS), key=error)
+    return _first_of_the_best(
+        [best._replace(attention_stiffness=s) for s in _ATTENTION_STIFFNESS], error
+    )
+
+
+def _first_of_the_best(
+    settings: Sequence[_Setting], error: Callable[[_Setting], float]
+) -> _Setting:
+    """Where samples do not tell two settings apart, how a processor rounds must not decide."""
+    errors = [error(setting) for setting in settings]
+    alike = min(errors) * (1 + _ALIKE)
+    return next(s for s, found in zip(settings, errors, strict=True) if found <= alike)
 
 
 def _left_out_error(groups: Iterable[Sequence[Point]], setting: _Setting) -> float:

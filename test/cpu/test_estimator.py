@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drift_scheduler import curves
 from drift_scheduler.estimator import Estimator, EstimatorError
 from drift_scheduler.profile import Kind, Sample, Split
 from drift_scheduler.shapes import DecodeShape, PrefillShape
@@ -164,6 +165,21 @@ def test_shapes_and_partitions_of_a_roofline_that_were_not_fitted(seed):
         assert row.count == 80
         assert row.worst < 0.08, f"\n{table}"
         assert row.mean < 0.03, f"\n{table}"
+
+
+def test_how_a_processor_rounds_decides_nothing(monkeypatch):
+    """None of these batches tells tiles of 64 tokens from tiles of 128."""
+    exact = curves._left_out_error
+    rng = random.Random(0)
+    monkeypatch.setattr(
+        curves, "_left_out_error", lambda *given: exact(*given) * (1 + rng.gauss(0, 1e-12))
+    )
+    samples = profile(0)
+    found = []
+    for _ in range(4):
+        estimator = Estimator.fit(samples, SMS, decode_sizes=DECODE_SIZES)
+        found.append(estimator.prefill_s(PrefillShape.of([(64, 16_384)]), SMS))
+    assert len(set(found)) == 1
 
 
 @pytest.fixture(scope="module")
