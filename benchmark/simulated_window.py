@@ -14,6 +14,7 @@ from benchmark.policy_table import Row
 from benchmark.simulated_load import BLOCK_TOKENS, comparison_of, requests_of
 from benchmark.simulated_times import Seen
 from benchmark.trace_load import TraceLoad
+from drift_scheduler.host_delay import HostDelay
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.latencies import Latencies
 from drift_scheduler.policies.factory import PolicyFactory
@@ -133,6 +134,7 @@ class WindowSimulator:
         prefill_tokens = _prefill_tokens(args)
         latencies = self._latencies(row)
         policies = self._policies(args, latencies, prefill_tokens)
+        host_delay = HostDelay()
         spec = ClusterSpec(
             replicas=1,
             table=machine.table,
@@ -162,7 +164,7 @@ class WindowSimulator:
             requests = requests_of(load)
             # Poisson arrivals may last longer than their mean; the client waits from its start.
             until_s = max(load.seconds + host.drain_seconds, requests[-1].arrival_s)
-            driver = Driver(policies.make(row["policy"]), latencies.observe)
+            driver = Driver(policies.make(row["policy"]), latencies.observe, host_delay)
             return Cluster(spec, lambda: driver).run(requests, _slo_of(load), until_s)
 
         return run

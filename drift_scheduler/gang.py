@@ -199,7 +199,8 @@ def _no_matter() -> None:
 class Gang(Generic[P, D]):
     """Two workers in step. `turn` does what can be done now and returns at once.
 
-    observe: called with every run as it is settled.
+    observe: called with every run as it is settled. host_delay: what is known of the host; nothing
+    if left out.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class Gang(Generic[P, D]):
         timeline: Timeline,
         clock: Callable[[], float],
         observe: Callable[[LaneRun], None] = _nothing,
+        host_delay: HostDelay | None = None,
     ) -> None:
         self.dispatcher = dispatcher  # may be replaced between turns
         self.on_settled: Callable[[], None] = _no_matter
@@ -230,7 +232,7 @@ class Gang(Generic[P, D]):
         self._decode_ended_s = 0.0
         # None if nobody wanted another token then: the next step goes on with nobody's.
         self._decode_settled_s: float | None = None
-        self._host_delay = HostDelay()
+        self._host_delay = HostDelay() if host_delay is None else host_delay
         # A phase's launches may move between lanes: each one runs behind the last of its phase.
         self._last_decode: Ticket | None = None
         self._last_slice: Ticket | None = None
@@ -248,6 +250,10 @@ class Gang(Generic[P, D]):
     def host_allowance_s(self) -> float:
         """See HostDelay."""
         return self._host_delay.allowance_s
+
+    def learn_host_anew(self) -> None:
+        """What the host adds hangs on what is launched: another policy launches otherwise."""
+        self._host_delay = HostDelay()
 
     def turn(self) -> bool:
         """One round. Returns whether anything was settled or launched."""

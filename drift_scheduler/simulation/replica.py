@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from drift_scheduler.dispatcher import Dispatcher
 from drift_scheduler.gang import Gang
+from drift_scheduler.host_delay import HostDelay
 from drift_scheduler.lane import Span
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import PartitionTable
@@ -29,10 +30,12 @@ def _nothing(run: LaneRun) -> None:
 
 
 class Driver(NamedTuple):
-    """Who drives a replica. observe: sees every run as it is settled, to learn from it."""
+    """Who drives a replica. observe: sees every run as it is settled, to learn from it.
+    host_delay: learns what the host adds; of the replica alone if left out."""
 
     dispatcher: Dispatcher
     observe: Callable[[LaneRun], None] = _nothing
+    host_delay: HostDelay | None = None
 
 
 class Replica:
@@ -63,6 +66,7 @@ class Replica:
             self.timeline,
             self._clock,
             driver.observe,
+            driver.host_delay,
         )
         self._host_pauses = host_pauses
         self._pauses_begin_s = [pause.start_s for pause in host_pauses]

@@ -12,6 +12,7 @@ import pytest
 from drift_scheduler.attainment import Attainment
 from drift_scheduler.dispatcher import Admission, Forecast, Plan
 from drift_scheduler.gang import Gang
+from drift_scheduler.host_delay import START_S
 from drift_scheduler.lane import Phase
 from drift_scheduler.lane_virtual import VirtualClock, VirtualLanes
 from drift_scheduler.partition import Partition, PartitionTable
@@ -539,6 +540,23 @@ def test_a_policy_that_does_not_exist_leaves_the_one_there_is():
     assert [reply.ok for reply in replies] == [True, False, True]
     assert "'best'" in replies[1].message
     assert replies[2].data["pd_multiplex"]["policy"] == "turns"
+
+
+def test_another_policy_learns_anew_what_the_host_adds():
+    house = House(
+        [
+            (0.0, ask("a", max_new_tokens=60)),
+            (30.25, GetState(call_id=1)),
+            (30.5, SetPolicy(call_id=2, policy="turns")),
+            (30.75, GetState(call_id=3)),
+            (300.0, Shutdown()),
+        ],
+        cost=one_second_a_launch,
+        make_policy=make_policy,
+    ).run()
+    before, _, after = (reply for _, reply in house.tokenizer.sent)
+    assert before.data["pd_multiplex"]["host_allowance_s"] < START_S
+    assert after.data["pd_multiplex"]["host_allowance_s"] == START_S
 
 
 def test_the_timeline_is_told_page_by_page_while_work_is_in_flight():

@@ -122,6 +122,7 @@ class Operations:
     def use(self, dispatcher: Dispatcher) -> None:
         """From now on this one decides, as soon as nothing is held."""
         self._dispatcher = dispatcher
+        self._gang.learn_host_anew()
         self._hold()
 
     def take(self, message: Operation) -> None:
