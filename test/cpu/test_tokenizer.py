@@ -110,6 +110,18 @@ def test_a_changed_file_is_converted_anew(tmp_path):
     assert kept_at(file) != place
 
 
+def test_a_damaged_one_is_converted_anew(smollm2_path, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = resolve_model_source(str(smollm2_path))
+    ids = load_tokenizer(source).encode("Good morning")
+    vocabulary = kept_at(smollm2_path) / "tokenizer.json"
+    whole = vocabulary.read_bytes()
+    vocabulary.write_bytes(whole[:1000])
+    assert load_tokenizer(source).encode("Good morning") == ids
+    assert f"left aside, {vocabulary.parent}" in caplog.text
+    assert vocabulary.read_bytes() == whole
+
+
 def test_a_tokenizer_is_kept_once_and_where_it_cannot_be_is_no_error(tokenizer_dir, tmp_path):
     tokenizer = load_tokenizer(tokenizer_dir)
     place = tmp_path / "cache" / "place"

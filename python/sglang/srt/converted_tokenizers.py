@@ -29,6 +29,21 @@ def kept_at(gguf_file: Path) -> Path:
     return default_folder() / f"tokenizer-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
 
+def read(place: Path) -> PreTrainedTokenizerBase | None:
+    """What is kept there; None if that is nothing, or nothing of use, which is removed."""
+    if not place.is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(place))
+    # Damaged files fail in transformers in many ways.
+    except Exception as error:
+        logger.warning("A kept tokenizer is left aside, %s: %s", place, error)
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+
 def keep(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
     """All of it or nothing, whatever other processes do; a folder that cannot be written to is
     no error."""

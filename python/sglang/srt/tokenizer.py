@@ -39,27 +39,27 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     where, arguments = _locate(tokenizer_path if tokenizer_path is not None else source)
-    kept = None
+    kept, tokenizer = None, None
     if tokenizer_mode == "slow":
         arguments["use_fast"] = False
     elif "gguf_file" in arguments:
         kept = converted_tokenizers.kept_at(Path(where, arguments["gguf_file"]))
-        if kept.is_dir():
-            where, arguments = str(kept), {}
+        tokenizer = converted_tokenizers.read(kept)
     if revision is not None:
         arguments["revision"] = revision
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=trust_remote_code, **arguments
-        )
-    # Absent, gated, malformed and unknown tokenizers fail in transformers in many ways.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"No tokenizer could be loaded from {where} ({reason}); {_WAYS_OUT}"
-        ) from error
-    if kept is not None and not kept.is_dir():
-        converted_tokenizers.keep(tokenizer, kept)
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                where, trust_remote_code=trust_remote_code, **arguments
+            )
+        # Absent, gated, malformed and unknown tokenizers fail in transformers in many ways.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"No tokenizer could be loaded from {where} ({reason}); {_WAYS_OUT}"
+            ) from error
+        if kept is not None:
+            converted_tokenizers.keep(tokenizer, kept)
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
