@@ -15,7 +15,7 @@ from aiohttp import web
 
 from sglang import bench_serving
 
-START_LIMIT_S = 10
+LIMIT_S = 30
 
 
 @dataclass
@@ -177,10 +177,10 @@ def server(tmp_path: Path) -> Iterator[FakeServer]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    assert ready.wait(START_LIMIT_S)
+    assert ready.wait(LIMIT_S)
     yield fake
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(START_LIMIT_S)
+    thread.join(LIMIT_S)
     assert not thread.is_alive()
 
 

@@ -16,8 +16,7 @@ import pytest
 
 from sglang.bench.runner import NOT_ASKED
 
-START_LIMIT_S = 10
-
+LIMIT_S = 30
 
 Bench = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -103,11 +102,23 @@ def test_warm_up_comes_before_the_flush(bench: Bench, server: Any) -> None:
 
 
 def test_max_concurrency_bounds_what_is_in_flight(bench: Bench, server: Any) -> None:
-    _, result = bench(*RANDOM, "--max-concurrency", "2", "--num-prompts", "20")
+    """No token comes before as many requests are there as may be."""
+    awaited = 2
+
+    async def until_all_are_there() -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while server.max_in_flight < awaited:
+                await asyncio.sleep(0)
+
+    server.before_token = until_all_are_there
+    load = (*RANDOM, "--num-prompts", "20", "--warmup-requests", "0")
+    _, result = bench(*load, "--max-concurrency", "2")
     assert result["completed"] == 20
     assert server.max_in_flight == 2
-    bench(*RANDOM, "--num-prompts", "20")
-    assert server.max_in_flight > 2
+    awaited = 20
+    _, result = bench(*load)
+    assert result["completed"] == 20
+    assert server.max_in_flight == 20
 
 
 def test_without_streaming_the_first_token_is_the_last(bench: Bench, server: Any) -> None:
@@ -325,7 +336,7 @@ def test_interrupt_reports_what_was_measured(
         tokens_sent += 1
         if tokens_sent == 8:  # the first answer has five tokens
             os.kill(os.getpid(), signal.SIGINT)
-            await asyncio.sleep(START_LIMIT_S)  # ended by the client's disconnection
+            await asyncio.sleep(LIMIT_S)  # ended by the client's disconnection
 
     server.before_token = interrupt_in_the_second_request
     code, result = bench(*RANDOM, "--warmup-requests", "0", "--max-concurrency", "1")
