@@ -1,7 +1,8 @@
 """Lane and Ticket: where a phase's work runs, and how the host follows it without blocking.
 
 A lane runs its work in the order of launch. Two lanes run side by side unless a launch says
-`after`. Lanes share no scratch memory; the engine thread alone launches and polls.
+`after`. Lanes share no scratch memory. The engine thread alone launches and polls; what a launch
+costs the host may be left to another thread.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Protocol
 
 from drift_scheduler.partition import Partition, PartitionTable
 
-# Enqueues (CUDA) or computes (CPU) one piece of work. It must capture all it reads: on a CPU
-# lane it runs later, on another thread.
+# Enqueues (CUDA) or computes (CPU) one piece of work. It must capture all it reads: it may run
+# later, on another thread.
 Work = Callable[[], None]
 
 
@@ -41,6 +42,11 @@ class Span:
 
 class Ticket(Protocol):
     """One launched piece of work."""
+
+    @property
+    def launch_s(self) -> float:
+        """What launching took the thread that did it, once it is done; 0 where lanes compute."""
+        ...
 
     def done(self) -> bool:
         """Polls; never blocks. Raises what the work raised."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from drift_scheduler.lane import Lane, LaneMap, LaneTimeout, Phase, Span, Ticket, Work
 from drift_scheduler.partition import Partition, PartitionError, PartitionTable, even_decode_shares
+from drift_scheduler.work_thread import WorkThread
 
 CLOSE_TIMEOUT_S = 30.0
 AFTER_TIMEOUT_S = 600.0
@@ -23,6 +24,8 @@ SOLO_DECODE_MIN_CORES_FOR_ALL = 4
 
 class CpuTicket:
     """Finished by the lane's thread; read by the engine thread."""
+
+    launch_s = 0.0
 
     def __init__(self) -> None:
         self._finished = threading.Event()
@@ -66,17 +69,8 @@ class CpuLane:
         self.cores = tuple(cores)
         self._threads = threads
         self._completion_fd = completion_fd
-        self._work: queue.SimpleQueue[tuple[Work, Sequence[Ticket], CpuTicket] | None] = (
-            queue.SimpleQueue()
-        )
-        self._started = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name=f"lane-{phase}-{partition}", daemon=True
-        )
-        self._thread.start()
         # set_num_threads also writes a process-wide default, so lanes start one by one.
-        if not self._started.wait(CLOSE_TIMEOUT_S):
-            raise LaneTimeout(f"lane {phase} {partition} did not start")
+        self._thread = WorkThread(f"lane-{phase}-{partition}", self._prepare)
 
     @property
     def sms(self) -> int:
@@ -84,36 +78,31 @@ class CpuLane:
 
     def launch(self, work: Work, after: Sequence[Ticket] = ()) -> CpuTicket:
         ticket = CpuTicket()
-        self._work.put((work, tuple(after), ticket))
+        self._thread.put(partial(self._do, work, tuple(after), ticket))
         return ticket
 
     def close(self) -> None:
-        self._work.put(None)
-        self._thread.join(CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():
-            raise LaneTimeout(f"lane {self.phase} {self.partition} is still at work")
+        self._thread.close(CLOSE_TIMEOUT_S)
 
-    def _run(self) -> None:
+    def _prepare(self) -> None:
         os.sched_setaffinity(0, self.cores)
         # The first use in a thread takes over the process-wide default: let that happen before.
         torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        self._started.set()
-        with torch.inference_mode():
-            while (item := self._work.get()) is not None:
-                work, after, ticket = item
-                error: BaseException | None = None
-                start_s = time.monotonic()
-                try:
-                    for earlier in after:
-                        earlier.wait(AFTER_TIMEOUT_S)
-                    start_s = time.monotonic()
-                    work()
-                except BaseException as caught:
-                    error = caught
-                ticket.finish(Span(start_s, time.monotonic()), error)
-                del item, work, after, ticket
-                os.eventfd_write(self._completion_fd, 1)
+
+    def _do(self, work: Work, after: Sequence[Ticket], ticket: CpuTicket) -> None:
+        error: BaseException | None = None
+        start_s = time.monotonic()
+        try:
+            for earlier in after:
+                earlier.wait(AFTER_TIMEOUT_S)
+            start_s = time.monotonic()
+            with torch.inference_mode():
+                work()
+        except BaseException as caught:
+            error = caught
+        ticket.finish(Span(start_s, time.monotonic()), error)
+        os.eventfd_write(self._completion_fd, 1)
 
 
 class CpuLanes:

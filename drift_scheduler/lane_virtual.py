@@ -38,6 +38,8 @@ class TimedWork:
 
 
 class VirtualTicket:
+    launch_s = 0.0
+
     def __init__(self, clock: VirtualClock, span: Span) -> None:
         self._clock = clock
         self._span = span

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+
 import pytest
 import torch
 
-from drift_scheduler.lane import Phase
+from drift_scheduler.lane import LaneTimeout, Phase
 from drift_scheduler.partition import PartitionError
 
 pytest.importorskip("cuda.core", reason="needs cuda-core (extra: cuda)")
@@ -22,6 +25,10 @@ def lanes(device):
     lanes = CudaLanes(device, split_count=6)
     yield lanes
     lanes.close()
+
+
+def wait(gate):
+    assert gate.wait(LIMIT_S)
 
 
 def trace_for(lane, device):
@@ -100,6 +107,61 @@ def test_after_orders_lanes_on_the_device_without_blocking_the_host(lanes, devic
     assert second.span().end_s >= first.span().end_s - 1e-4
 
 
+def test_a_slow_launch_of_prefill_holds_up_neither_the_caller_nor_decode(lanes):
+    split = lanes.table.splits[0]
+    prefill, decode = (lanes.lane(phase, split) for phase in (Phase.PREFILL, Phase.DECODE))
+    gate = threading.Event()
+    slow = prefill.launch(lambda: wait(gate))
+    decode.launch(lambda: None).wait(LIMIT_S)
+    assert not slow.done()
+    with pytest.raises(LaneTimeout, match="not launched"):
+        slow.wait(0.01)
+    gate.set()
+    slow.wait(LIMIT_S)
+
+
+def test_decode_behind_a_prefill_waits_until_that_is_launched(lanes):
+    split = lanes.table.splits[0]
+    gate = threading.Event()
+    first = lanes.lane(Phase.PREFILL, split).launch(lambda: wait(gate))
+    opener = threading.Timer(0.05, gate.set)
+    opener.start()
+    second = lanes.lane(Phase.DECODE, split).launch(lambda: None, after=[first])
+    second.wait(LIMIT_S)
+    assert gate.is_set()
+    assert first.done()
+
+
+def test_an_error_of_a_prefill_is_told_when_polled_and_the_lane_lives_on(lanes):
+    def fail():
+        raise ZeroDivisionError("layer 3")
+
+    split = lanes.table.splits[0]
+    prefill, decode = (lanes.lane(phase, split) for phase in (Phase.PREFILL, Phase.DECODE))
+    failed = prefill.launch(fail)
+    for ask in (lambda: failed.wait(LIMIT_S), failed.done):
+        with pytest.raises(ZeroDivisionError, match="layer 3"):
+            ask()
+    with pytest.raises(ZeroDivisionError):
+        decode.launch(lambda: None, after=[failed])
+    with pytest.raises(ZeroDivisionError):
+        prefill.launch(lambda: None, after=[failed]).wait(LIMIT_S)
+    prefill.launch(lambda: None).wait(LIMIT_S)
+
+
+def test_work_runs_on_its_lanes_stream_in_inference_mode(lanes):
+    for phase in Phase:
+        for index in range(len(lanes.table)):
+            lane = lanes.lane(phase, lanes.table[index])
+            seen = []
+            lane.launch(
+                lambda seen=seen: seen.append(
+                    (torch.cuda.current_stream(), torch.is_inference_mode_enabled())
+                )
+            ).wait(LIMIT_S)
+            assert seen == [(lane.stream, True)]
+
+
 def test_spans_of_two_lanes_share_one_clock(lanes, device):
     split = lanes.table.splits[-1]
     pair = [lanes.lane(phase, split) for phase in Phase]
@@ -127,3 +189,17 @@ def test_granted_counts_are_reported_not_the_ones_asked_for(device):
     assert [lanes.granted[17], lanes.granted[33]] == granted
     assert all(share >= asked for share, asked in zip(granted, (17, 33), strict=True))
     lanes.close()
+
+
+def test_pinned_memory_used_on_a_lane_may_be_freed_after_it_is_closed(device):
+    from drift_scheduler.lane_cuda import CudaLanes
+
+    lanes = CudaLanes(device, split_count=2)
+    pinned = torch.empty(1 << 20, dtype=torch.uint8, pin_memory=True)
+    for phase in Phase:
+        for split in lanes.table.splits:
+            copy = partial(pinned.to, device, non_blocking=True)
+            lanes.lane(phase, split).launch(copy).wait(LIMIT_S)
+    lanes.close()
+    del lanes, copy, pinned  # torch ends the process where a stream is gone
+    torch.cuda.synchronize(device)

@@ -90,6 +90,8 @@ def launches_that_waited(model_path, loads_kernels):
         slices = [(0, LAYERS)] if run.indivisible else [(0, 1), (1, LAYERS)]
         busy = decode.launch(lambda: torch.cuda._sleep(BUSY_CYCLES))
         tickets = [prefill.launch(run.slice_work(prefill, *layers)) for layers in slices]
+        for ticket in tickets:
+            ticket.wait_launched(LIMIT_S)
         if busy.done():
             waited.append((length, name))
         for ticket in (busy, *tickets):

@@ -73,7 +73,7 @@ class DecodeTimes:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTimes:
-    """run: from the first layer to the sampled token. launch_ms: host time of one slice.
+    """run: from the first layer to the sampled token. launch_ms: of one slice, see Ticket.launch_s.
     runs_per_s counts the gaps."""
 
     run: Distribution
@@ -90,7 +90,7 @@ class PrefillTimes:
         """Of at least one run; others may have come between."""
         return cls(
             run=Distribution.of([run.span.duration_s for run in runs]),
-            launch_ms=_median_ms([part.host_s for run in runs for part in run.slices]),
+            launch_ms=_median_ms([part.launch_s for run in runs for part in run.slices]),
             runs_per_s=runs_per_s,
         )
 

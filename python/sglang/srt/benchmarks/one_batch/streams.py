@@ -24,7 +24,7 @@ STALL_LIMIT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One piece of work: its time on the lane, and the launching thread's time for it.
+    """A decode step: its time on the lane, and the launching thread's time for it.
 
     host_s is wall-clock time, cpu_s time on a core. On a CPU lane the launch only hands over.
     """
@@ -32,6 +32,14 @@ class Launch:
     span: Span
     host_s: float
     cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Of a prefill: its time on the lane, and Ticket.launch_s."""
+
+    span: Span
+    launch_s: float
 
 
 class Stream(Protocol):
@@ -121,7 +129,7 @@ class DecodeStream:
 class PrefillRun:
     """One prefill: its slices in order."""
 
-    slices: tuple[Launch, ...]
+    slices: tuple[Slice, ...]
 
     @property
     def span(self) -> Span:
@@ -153,8 +161,8 @@ class PrefillStream:
         self._started = 0
         self._run: Run | None = None
         self._next_layer = 0
-        self._in_flight: deque[_Pending] = deque()
-        self._slices: list[Launch] = []
+        self._in_flight: deque[Ticket] = deque()
+        self._slices: list[Slice] = []
         self.done: list[PrefillRun] = []
 
     @property
@@ -166,8 +174,9 @@ class PrefillStream:
 
     def pump(self) -> bool:
         settled = 0
-        while self._in_flight and self._in_flight[0].ticket.done():
-            self._slices.append(self._in_flight.popleft().finish())
+        while self._in_flight and self._in_flight[0].done():
+            ticket = self._in_flight.popleft()
+            self._slices.append(Slice(ticket.span(), ticket.launch_s))
             settled += 1
         layers = self._runner.num_layers
         if self._run and self._next_layer == layers and not self._in_flight:
@@ -185,10 +194,9 @@ class PrefillStream:
             turn = (self._started - 1) % len(self._slice_layers)
             asked = layers if self._run.indivisible else self._slice_layers[turn]
             first, last = self._next_layer, min(self._next_layer + asked, layers)
-            after = [self._in_flight[-1].ticket] if self._in_flight else []
-            host = _Stopwatch()
-            ticket = self._lane.launch(self._run.slice_work(self._lane, first, last), after)
-            self._in_flight.append(_Pending(ticket, *host.read()))
+            after = [self._in_flight[-1]] if self._in_flight else []
+            work = self._run.slice_work(self._lane, first, last)
+            self._in_flight.append(self._lane.launch(work, after))
             self._next_layer = last
             launched += 1
         return bool(settled or launched)
@@ -209,6 +217,6 @@ class _Pending:
     host_s: float
     cpu_s: float
 
-    def finish(self, settling: tuple[float, float] = (0.0, 0.0)) -> Launch:
+    def finish(self, settling: tuple[float, float]) -> Launch:
         host_s, cpu_s = settling
         return Launch(self.ticket.span(), self.host_s + host_s, self.cpu_s + cpu_s)
