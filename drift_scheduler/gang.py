@@ -19,6 +19,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from drift_scheduler.backlog import Backlog
@@ -245,6 +246,14 @@ class Gang(Generic[P, D]):
     def idle(self) -> bool:
         """Nothing is in flight."""
         return self._prefill is None and not self._decode
+
+    @property
+    def has_finished_work(self) -> bool:
+        """Something in flight has ended, for the next turn to settle."""
+        oldest = [step.ticket for step in islice(self._decode, 1)]
+        for prefill in filter(None, (self._prefill, self._parked)):
+            oldest += [part.ticket for part in islice(prefill.in_flight, 1)]
+        return any(ticket.done() for ticket in oldest)
 
     @property
     def host_allowance_s(self) -> float:

@@ -24,7 +24,13 @@ from sglang.srt.errors import ConfigError
 from sglang.srt.managers.admission import EngineLimits
 from sglang.srt.managers.cycle_collector import CycleCollector
 from sglang.srt.managers.outbox import Outbox
-from sglang.srt.managers.scheduler import Scheduler, count_finished, fixed_policy
+from sglang.srt.managers.scheduler import (
+    BUSY_POLL_S,
+    LONGEST_WAIT_S,
+    Scheduler,
+    count_finished,
+    fixed_policy,
+)
 from sglang.srt.managers.serving_engine import ServingEngine
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.sequence_cache import SequenceCache
@@ -66,18 +72,19 @@ class Hung(Exception):
     """The watchdog fired."""
 
 
-class WakingLanes(VirtualLanes):
-    """Virtual lanes with a descriptor, so that the loop waits in the inbox and not in a sleep."""
+class Lanes(VirtualLanes):
+    """waking: with a descriptor, so that the loop waits in the inbox; else it sleeps and looks."""
 
-    def __init__(self, table: PartitionTable, clock: VirtualClock) -> None:
+    def __init__(self, table: PartitionTable, clock: VirtualClock, waking: bool) -> None:
         super().__init__(table, clock)
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK) if waking else None
 
     def completion_fd(self) -> int | None:
         return self._fd
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
 
 
 class Inbox:
@@ -87,7 +94,7 @@ class Inbox:
         self,
         script: list[tuple[float, Message]],
         clock: VirtualClock,
-        lanes: WakingLanes,
+        lanes: Lanes,
         watchdog: Watchdog,
         turn_s: float,
     ) -> None:
@@ -103,6 +110,9 @@ class Inbox:
         due = list(itertools.takewhile(lambda entry: entry[0] <= self._clock.now_s, self._script))
         del self._script[: len(due)]
         return [message for _, message in due]
+
+    def has_messages(self) -> bool:
+        return bool(self._script) and self._script[0][0] <= self._clock.now_s
 
     def wait(self, timeout_ms: int, other_fd: int | None = None) -> None:
         wake_s = self._clock.now_s + timeout_ms / 1000
@@ -139,10 +149,11 @@ class House:
         max_queued: int | None = None,
         make_policy: Callable = fixed_policy,
         device=None,
+        waking: bool = True,
     ) -> None:
         self.device = device
         self.clock = VirtualClock()
-        self.lanes = WakingLanes(TABLE, self.clock)
+        self.lanes = Lanes(TABLE, self.clock, waking)
         self.watchdog = Watchdog(WATCHDOG_S, self._hung, self.clock)
         allocator = SlotAllocator(NUM_SLOTS, 1)
         self.cache = SequenceCache(RadixCache(1, allocator.free), allocator)
@@ -194,6 +205,7 @@ class House:
             make_policy=make_policy,
             device=device,
             clock=self.clock,
+            sleep=lambda seconds: self.clock.advance_to(self.clock.now_s + seconds),
         )
 
     def _hung(self, silent_s: float) -> None:
@@ -250,6 +262,57 @@ def test_requests_are_answered_and_shutdown_is_passed_on():
     assert house.ends() == {"a": "length", "b": "length"}
     assert len(house.ids("a")) == len(house.ids("b")) == 4
     assert house.detokenizer.sent[-1] == (1.0, Shutdown())
+
+
+class CountingPolicy:
+    """By batch size. again_s: from each look to the next."""
+
+    def __init__(self, again_s: float | None = None) -> None:
+        self.looked_s: list[float] = []
+        self._policy = SplitByBatchSize(TABLE, (1, 3))
+        self._again_s = again_s
+
+    def admit(self, view, now_s):
+        return self._policy.admit(view, now_s)
+
+    def dispatch(self, view, now_s):
+        self.looked_s.append(now_s)
+        look_again_s = None if self._again_s is None else now_s + self._again_s
+        return replace(self._policy.dispatch(view, now_s), look_again_s=look_again_s)
+
+
+def test_lanes_that_wake_nobody_are_looked_at_often_and_planned_for_seldom():
+    policy = CountingPolicy()
+    script = [(0.0, ask("a", max_new_tokens=2)), (1.31, ask("b", max_new_tokens=1))]
+    house = House(
+        [*script, (9.0, Shutdown())], cost=one_second_a_launch, dispatcher=policy, waking=False
+    ).run()
+    batches = [
+        (time_s, batch.rids)
+        for time_s, batch in house.detokenizer.sent
+        if isinstance(batch, TokenBatch)
+    ]
+    assert [rids for _, rids in batches] == [["a"], ["a"], ["b"]]
+    ends_s = [1.0, 2.0, 3.0]  # b's prompt takes its turn on the whole device behind a's step
+    assert [time_s for time_s, _ in batches] == pytest.approx(ends_s, abs=3 * BUSY_POLL_S)
+    assert any(time_s == pytest.approx(1.31, abs=3 * BUSY_POLL_S) for time_s in policy.looked_s)
+    # Every LONGEST_WAIT_S at least, and a few times at each of what happened.
+    busy = [time_s for time_s in policy.looked_s if time_s < ends_s[-1]]
+    assert len(busy) < ends_s[-1] / LONGEST_WAIT_S + 15
+
+
+def test_polled_lanes_are_planned_for_when_the_dispatcher_wants_to_look_again():
+    policy = CountingPolicy(again_s=0.05)
+    House(
+        [(0.0, ask("a", max_new_tokens=1)), (2.0, Shutdown())],
+        cost=one_second_a_launch,
+        dispatcher=policy,
+        waking=False,
+    ).run()
+    busy = [time_s for time_s in policy.looked_s if 0.01 < time_s < 0.99]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(busy)]
+    assert len(gaps) > 15
+    assert all(0.05 <= gap < 0.05 + 3 * BUSY_POLL_S for gap in gaps)
 
 
 def test_tokens_are_sent_as_they_come():

@@ -82,6 +82,11 @@ class Receiver(Generic[M]):
         """Everything that has arrived; never blocks."""
         return [self._decode(frame) for frame in _arrived(self._socket)]
 
+    def has_messages(self) -> bool:
+        events = self._socket.getsockopt(zmq.EVENTS)  # cheaper than a poll
+        assert isinstance(events, int), type(events)
+        return bool(events & zmq.POLLIN)
+
     def wait(self, timeout_ms: int, other_fd: int | None = None) -> None:
         """Returns once a message has arrived, `other_fd` is readable, or time is up."""
         poller = zmq.Poller()

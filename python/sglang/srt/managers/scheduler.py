@@ -57,9 +57,9 @@ from sglang.srt.observability.watchdog import Watchdog
 from sglang.srt.requests import Request
 from sglang.srt.server_args import ServerArgs
 
-# Idle, the loop wakes for messages; the limit only bounds how late a deadline is noticed.
-IDLE_WAIT_MS = 200
-# With work on lanes that cannot wake us: short against a decode step, long against a poll.
+# The loop wakes for messages and finished work; this only bounds how late a deadline is noticed.
+LONGEST_WAIT_S = 0.2
+# With work on lanes that cannot wake us: short against a decode step, long against a look.
 BUSY_POLL_S = 50e-6
 # Runs, and samples, in one answer to GetTimeline: to write them takes about half a millisecond.
 TIMELINE_PAGE = 256
@@ -98,6 +98,7 @@ class Scheduler:
         make_policy: Callable[[str], Dispatcher] = fixed_policy,
         device: Device | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._engine = engine
         self._gang = gang
@@ -115,6 +116,7 @@ class Scheduler:
         self._collector = collector
         self._make_policy = make_policy
         self._clock = clock
+        self._sleep = sleep
         self._operations = Operations(
             engine,
             gang,
@@ -242,18 +244,31 @@ class Scheduler:
         self._collector.busy()
         fd = self._lanes.completion_fd()
         if fd is None:
-            time.sleep(BUSY_POLL_S)
+            self._poll_lanes(self._wait_s())
             return
         self._inbox.wait(self._wait_ms(), fd)
         _drain(fd)
 
-    def _wait_ms(self) -> int:
-        """Until the dispatcher wants to look again, at most IDLE_WAIT_MS."""
+    def _poll_lanes(self, limit_s: float) -> None:
+        """Until work has finished or a message is there. A turn for every look would keep the
+        interpreter from the thread that launches."""
+        until_s = self._clock() + limit_s
+        while True:
+            self._sleep(BUSY_POLL_S)
+            if self._gang.has_finished_work or self._inbox.has_messages():
+                return
+            if self._clock() >= until_s:
+                return
+
+    def _wait_s(self) -> float:
+        """Until the dispatcher wants to look again, at most LONGEST_WAIT_S."""
         look_again_s = self._gang.look_again_s
         if look_again_s is None:
-            return IDLE_WAIT_MS
-        left_ms = math.ceil((look_again_s - self._clock()) * 1000)
-        return max(0, min(left_ms, IDLE_WAIT_MS))
+            return LONGEST_WAIT_S
+        return max(0.0, min(look_again_s - self._clock(), LONGEST_WAIT_S))
+
+    def _wait_ms(self) -> int:
+        return math.ceil(self._wait_s() * 1000)
 
     def _state(self) -> dict[str, Any]:
         """One entry of /server_info's internal_states."""
