@@ -20,6 +20,7 @@ pytest.importorskip("cuda.core", reason="needs cuda-core (extra: cuda)")
 from drift_scheduler.lane import Phase
 from sglang.srt.model_executor import bring_up as bringing_up
 from sglang.srt.model_executor.made_up_batches import ALL_WISHES, batch_of, with_all_wishes
+from sglang.srt.observability.driver_memory import driver_allocations
 from sglang.srt.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 
@@ -62,8 +63,8 @@ BATCHES = {
 
 
 def launches_that_waited(model_path, loads_kernels):
-    """Prompts, by length and sampling, whose launches came back only when the other lane's work
-    was done, of 60."""
+    """Prompts whose launches came back only when the other lane's work was done, of 60: length,
+    sampling, and what memory the driver was asked for meanwhile."""
     if not loads_kernels:
         for name in ("load_products", "load_sampling"):
             setattr(bringing_up, name, lambda *args, **sizes: None)
@@ -86,6 +87,7 @@ def launches_that_waited(model_path, loads_kernels):
     waited = []
     for length in rng.integers(1, CONTEXT, size=60).tolist():
         name = str(rng.choice(list(BATCHES)))
+        before = driver_allocations()
         run = runner.start(BATCHES[name](length))
         slices = [(0, LAYERS)] if run.indivisible else [(0, 1), (1, LAYERS)]
         busy = decode.launch(lambda: torch.cuda._sleep(BUSY_CYCLES))
@@ -93,7 +95,8 @@ def launches_that_waited(model_path, loads_kernels):
         for ticket in tickets:
             ticket.wait_launched(LIMIT_S)
         if busy.done():
-            waited.append((length, name))
+            after = driver_allocations()
+            waited.append((length, name, {kind: after[kind] - before[kind] for kind in after}))
         for ticket in (busy, *tickets):
             ticket.wait(LIMIT_S)
         runner.forget(ALL_WISHES)

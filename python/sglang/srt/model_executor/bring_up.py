@@ -45,6 +45,8 @@ from sglang.srt.server_args import ServerArgs, resolve_device
 logger = logging.getLogger(__name__)
 
 GPU_MEM_FRACTION = 0.86
+# Every lane of a split keeps the activations of its largest batches.
+SPLIT_GPU_MEM_FRACTION = 0.84
 # Of the memory that is free once the weights are loaded; a CPU server shares its machine.
 CPU_MEM_FRACTION = 0.4
 GPU_MAX_RUNNING = 256
@@ -119,7 +121,9 @@ def bring_up(args: ServerArgs) -> Executor:
         max_decode_reqs=num_rows - 1,
     )
     table_bytes = num_rows * config.context_length * torch.int32.itemsize
-    num_slots = _num_slots(args, config, device, reserved_bytes=table_bytes)
+    num_slots = _num_slots(
+        args, config, device, reserved_bytes=table_bytes, splits=bool(lanes.table.splits)
+    )
     pool = DeviceKVPool(
         num_slots,
         config.num_layers,
@@ -317,11 +321,14 @@ def _prefill_tokens(args: ServerArgs, on_gpu: bool) -> int:
 
 
 def _num_slots(
-    args: ServerArgs, config: ModelConfig, device: torch.device, reserved_bytes: int
+    args: ServerArgs, config: ModelConfig, device: torch.device, reserved_bytes: int, splits: bool
 ) -> int:
-    """Slots of the KV pool, the scratch page included: a multiple of the page size."""
+    """Slots of the KV pool, the scratch page included: a multiple of the page size.
+
+    splits: whether the device is split into lanes.
+    """
     page = args.page_size
-    room_bytes = _room_bytes(args, device) - reserved_bytes
+    room_bytes = _room_bytes(args, device, splits) - reserved_bytes
     fits = int(room_bytes // config.kv_bytes_per_token) // page * page - page
     wanted = args.max_total_tokens
     if wanted is not None and wanted > fits:
@@ -338,11 +345,12 @@ def _num_slots(
     return tokens + page
 
 
-def _room_bytes(args: ServerArgs, device: torch.device) -> float:
+def _room_bytes(args: ServerArgs, device: torch.device, splits: bool) -> float:
     if device.type == "cpu":
         fraction = args.mem_fraction_static or CPU_MEM_FRACTION
         return fraction * float(psutil.virtual_memory().available)
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    fraction = args.mem_fraction_static or GPU_MEM_FRACTION
+    default = SPLIT_GPU_MEM_FRACTION if splits else GPU_MEM_FRACTION
+    fraction = args.mem_fraction_static or default
     return free_bytes - (1 - fraction) * total_bytes
