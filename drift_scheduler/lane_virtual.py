@@ -29,9 +29,10 @@ class VirtualClock:
 
 @dataclass(frozen=True, slots=True)
 class TimedWork:
-    """Work that only takes time."""
+    """Work that only takes time. delay_s: before it may begin, however idle its lane is."""
 
     duration_s: float
+    delay_s: float = 0.0
 
     def __call__(self) -> None:
         pass
@@ -77,7 +78,7 @@ class VirtualLane:
 
     def launch(self, work: Work, after: Sequence[Ticket] = ()) -> VirtualTicket:
         assert isinstance(work, TimedWork), type(work)
-        start_s = max(self._clock.now_s, self._free_at_s)
+        start_s = max(self._clock.now_s + work.delay_s, self._free_at_s)
         for earlier in after:
             assert isinstance(earlier, VirtualTicket), type(earlier)
             start_s = max(start_s, earlier.end_s)

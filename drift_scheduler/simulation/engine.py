@@ -22,7 +22,7 @@ from drift_scheduler.dispatcher import Admission
 from drift_scheduler.first_tokens import FirstTokens, may_hold
 from drift_scheduler.gang import DecodeLoad
 from drift_scheduler.lane import Lane
-from drift_scheduler.lane_virtual import VirtualClock
+from drift_scheduler.lane_virtual import TimedWork, VirtualClock
 from drift_scheduler.shapes import DecodeShape
 from drift_scheduler.simulation.admission import Ask, SimAdmission, expected_output
 from drift_scheduler.simulation.jobs import SimPrefill, SimStep, shape_of
@@ -41,8 +41,9 @@ class EngineLimits:
 
     launch_s: host time before a launch runs. batch_launch_s: more of it before the first slice of
     a prefill batch, which is planned then. layer_launch_s: host time for each layer of what is
-    launched kernel by kernel, while it runs. graph_tokens: prefill batches and fused steps of so
-    many tokens are a graph: one launch, and a batch is not sliced.
+    launched kernel by kernel, while it runs. A thread of its own spends it on prefill, one slice
+    behind the other. graph_tokens: prefill batches and fused steps of so many tokens are a graph:
+    one launch, and a batch is not sliced.
     """
 
     kv_tokens: int
@@ -110,6 +111,7 @@ class SimEngine:
         self._stepping: list[SimStep] = []
         self._filling_tokens = 0  # of launched fills
         self._host_s = 0.0  # that launches still cost
+        self._slices_launched_s = 0.0  # when the thread that launches prefill is done
         # Whose tokens are on the host and not sent, in order, and whether it was the last one.
         self._outbox: list[tuple[SimRequest, bool]] = []
         self.unfinished = 0
@@ -193,7 +195,7 @@ class SimEngine:
         self.preemptions += admission.preempts
         shape = shape_of(fills)
         graphed = shape.tokens <= self._limits.graph_tokens and shape.requests <= _GRAPH_PROMPTS
-        job = SimPrefill(fills, self._slice_s, shape, indivisible=graphed)
+        job = SimPrefill(fills, self._slice_of, shape, indivisible=graphed)
         self._prefilling.append(job)
         return job
 
@@ -356,13 +358,17 @@ class SimEngine:
             steps = min(request.last_step + 1, self._next_step) - request.next_step
         return request.filled - self._pool.block_tokens * request.read_blocks + steps
 
-    def _slice_s(self, job: SimPrefill, lane: Lane, first: int, last: int) -> float:
-        limits = self._limits
-        self._launch(limits.launch_s if first else limits.launch_s + limits.batch_launch_s)
+    def _slice_of(self, job: SimPrefill, lane: Lane, first: int, last: int) -> TimedWork:
+        limits, now_s = self._limits, self._clock.now_s
+        begins_s = max(now_s, self._slices_launched_s) + limits.launch_s
+        if first == 0:
+            begins_s += limits.batch_launch_s
+        self._slices_launched_s = begins_s
         if not job.indivisible:
-            self._host_s += (last - first) * limits.layer_launch_s
+            self._slices_launched_s += (last - first) * limits.layer_launch_s
         beside = self._stepping[-1].shape if self._stepping else None
-        return self._times.layers_s(job.shape, first, last, lane, beside)
+        took_s = self._times.layers_s(job.shape, first, last, lane, beside)
+        return TimedWork(max(took_s, self._slices_launched_s - begins_s), begins_s - now_s)
 
     def _step_s(self, job: SimStep, lane: Lane) -> float:
         self._launch(self._limits.launch_s)

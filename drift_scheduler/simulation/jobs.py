@@ -18,10 +18,10 @@ def shape_of(fills: Sequence[Fill]) -> PrefillShape:
 
 @dataclass(slots=True, eq=False)
 class SimPrefill:
-    """A prefill batch. slice_s(job, lane, first, last): how long layers first..last-1 take."""
+    """A prefill batch. slice_of(job, lane, first, last): layers first..last-1 as they take time."""
 
     fills: list[Fill]
-    slice_s: Callable[[SimPrefill, Lane, int, int], float]
+    slice_of: Callable[[SimPrefill, Lane, int, int], TimedWork]
     shape: PrefillShape
     cancelled: bool = False
     indivisible: bool = False
@@ -34,7 +34,7 @@ class SimPrefill:
 
     def slice_work(self, lane: Lane, first: int, last: int) -> TimedWork:
         assert lane.phase is Phase.PREFILL, lane.phase
-        return TimedWork(self.slice_s(self, lane, first, last))
+        return self.slice_of(self, lane, first, last)
 
 
 @dataclass(slots=True, eq=False)

@@ -231,14 +231,27 @@ def test_who_comes_in_a_pause_waits_for_its_end():
     assert bench.finish().done["a"].pace.first_s == pytest.approx(0.125)
 
 
-def test_layers_without_a_graph_keep_the_host_while_they_run():
+def test_layers_without_a_graph_take_as_long_as_their_launches():
     bench = Bench(policy("turns"), layer_launch_s=0.030)
     bench.ask("a", 100, 1)
     bench.ask("b", 10, 1, at_s=0.01)
     heard = bench.finish()
-    # a's four layers end at 100 ms, but the host launches them until 120 ms; then it launches b's.
+    # a's four layers would end at 100 ms, but are launched until 120 ms; then come b's.
     assert heard.done["a"].pace.first_s == pytest.approx(0.120)
     assert heard.done["b"].pace.first_s == pytest.approx(0.240)
+
+
+def test_launches_of_prefill_hold_up_neither_decode_nor_each_other():
+    bench = Bench(policy("static:4/4"), layer_launch_s=0.1)
+    bench.ask("a", 10, 40)
+    bench.ask("b", 100, 1, at_s=0.1)
+    heard = bench.finish()
+    assert max(heard.gaps_s) == pytest.approx((0.010 + 0.001) * 2 * BESIDE)
+    *_, last = slices = [run for run in bench.runs if run.phase is Phase.PREFILL and run.decode]
+    assert sum(run.layers for run in slices) == LAYERS
+    # A layer takes 75 ms on half of the device beside decode.
+    assert all(run.span.duration_s == pytest.approx(0.1 * run.layers) for run in slices)
+    assert last.span.end_s - slices[0].span.start_s == pytest.approx(0.1 * LAYERS)
 
 
 def test_a_batch_is_planned_before_its_first_slice():
