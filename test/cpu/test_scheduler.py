@@ -22,7 +22,7 @@ from drift_scheduler.slo import Slo
 from drift_scheduler.timeline import Timeline
 from sglang.srt.errors import ConfigError
 from sglang.srt.managers.admission import EngineLimits
-from sglang.srt.managers.cycle_collector import CycleCollector
+from sglang.srt.managers.cycle_collector import IDLE_S, CycleCollector
 from sglang.srt.managers.outbox import Outbox
 from sglang.srt.managers.scheduler import (
     BUSY_POLL_S,
@@ -264,6 +264,23 @@ def test_requests_are_answered_and_shutdown_is_passed_on():
     assert house.detokenizer.sent[-1] == (1.0, Shutdown())
 
 
+def test_accounts_are_checked_when_it_is_quiet_and_at_the_end_but_not_between_two_requests():
+    script = [(0.0, ask("a")), (5.0, ask("b")), (20.0, ask("c")), (24.5, Shutdown())]
+    house = House(script, cost=one_second_a_launch)
+    checks_s: list[float] = []
+    check = house.engine.check
+
+    def timed_check():
+        checks_s.append(house.clock.now_s)
+        check()
+
+    house.engine.check = timed_check
+    house.run()
+    assert house.ends() == {"a": "length", "b": "length", "c": "length"}
+    # a ends at 4 s, b at 9 s, c at 24 s.
+    assert checks_s == pytest.approx([9.0 + IDLE_S, 24.5], abs=LONGEST_WAIT_S)
+
+
 class CountingPolicy:
     """By batch size. again_s: from each look to the next."""
 
@@ -462,7 +479,7 @@ def test_a_request_that_finds_no_room_is_counted_as_shed():
     assert (slo["finished"], slo["shed"], slo["classes"]["default"]["shed"]) == (0, 1, 1)
 
 
-def test_accounts_are_checked_when_the_engine_becomes_idle():
+def test_a_lost_slot_ends_the_server():
     house = House([(0.0, ask("a")), (5.0, ask("b")), (9.0, Shutdown())])
     house.cache.allocator.alloc_extend(None, 0, 1)  # lost
     with pytest.raises(AssertionError, match="in flight"):

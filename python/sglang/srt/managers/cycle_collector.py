@@ -47,13 +47,16 @@ class CycleCollector:
         self._idle_since_s: float | None = None
         self._owed = False
 
-    def idle(self) -> None:
-        """Nothing is in flight."""
+    def idle(self) -> bool:
+        """Nothing is in flight. Returns whether it has collected: what else takes long and can wait
+        is best done now."""
         now_s = self._clock()
         if self._idle_since_s is None:
             self._idle_since_s = now_s
-        if self._owed and now_s - self._idle_since_s >= IDLE_S:
-            self._run(now_s)
+        if not self._owed or now_s - self._idle_since_s < IDLE_S:
+            return False
+        self._run(now_s)
+        return True
 
     def busy(self) -> None:
         """Something is in flight, and nothing else to do."""

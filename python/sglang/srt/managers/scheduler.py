@@ -129,7 +129,6 @@ class Scheduler:
             clock=clock,
         )
         self._flushes: list[_PendingFlush] = []
-        self._checked_idle = False
         self._running = True
 
     def run(self) -> None:
@@ -137,6 +136,8 @@ class Scheduler:
         while True:
             self._receive()
             if not self._running:
+                if self._is_idle:
+                    self._engine.check()
                 return
             progressed = self._gang.turn()
             self._operations.advance()
@@ -146,6 +147,10 @@ class Scheduler:
             self._control()
             if not progressed:
                 self._rest()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._engine.idle and self._gang.idle
 
     def _nothing_to_do(self) -> bool:
         engine = self._engine
@@ -199,13 +204,11 @@ class Scheduler:
             self._to_detokenizer.send(batch)
 
     def _control(self) -> None:
-        """Flushes wait for an idle engine; every account must then be in order."""
-        idle = self._engine.idle and self._gang.idle
-        if idle and not self._checked_idle:
-            self._engine.check()
-        self._checked_idle = idle
+        """Flushes wait for an idle engine."""
+        idle = self._is_idle
         for flush in list(self._flushes):
             if idle or self._operations.may_flush:
+                self._engine.check()
                 self._engine.reset_cache()
                 reply = ControlReply(call_id=flush.call_id, ok=True, message="Cache flushed.")
             elif self._clock() >= flush.deadline_s:
@@ -238,7 +241,8 @@ class Scheduler:
 
     def _rest(self) -> None:
         if self._gang.idle:
-            self._collector.idle()
+            if self._collector.idle():
+                self._engine.check()  # which takes milliseconds that no request shall wait
             self._inbox.wait(self._wait_ms(), self._engine.grammars.bell)
             return
         self._collector.busy()
