@@ -4,7 +4,7 @@ Kernels are compiled for the forms of their arguments (a count that 16 divides, 
 libraries compile or tune on first use; all of them keep the result on disk for the next start.
 
 The driver loads a kernel when it is first launched, and the host waits for all lanes meanwhile.
-cuBLAS has dozens of them and chooses by the number of rows; so products of all sizes run once.
+cuBLAS has dozens of them and chooses by the number of rows; so products of many sizes run once.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 LIMIT_S = 900.0  # a cold FlashInfer takes minutes
 PROMPT_TOKENS = (17, 64)
-# Sizes of a product for which cuBLAS may choose different kernels: tiles more, and what divides the
-# number of rows.
-PRODUCT_ROWS = 64
-FEWER_ROWS = (0, 1, 2, 4, 8, 16)
+# cuBLAS has kernels for tiles of 64, 72, 80, ... rows, and more of them for fewer rows: some are
+# taken for a handful of sizes only. So all sizes run up to some, and every eighth of those above.
+ALL_ROWS_UP_TO = 2048
+PRODUCT_ROWS = 8
 # Kernels that sort are made for powers of two; more rows are drawn in parts.
 TOP_KS = tuple(1 << bits for bits in range(1, 12))
 SAMPLED_ROWS = (1, 2, 4, 8, 16, 32)
@@ -118,10 +118,11 @@ def load_sampling(config: ModelConfig, lane: Lane, device: torch.device, *, max_
 
 
 def _sizes(most: int) -> Iterator[int]:
-    """Falling, from most on, and all that are smaller than a tile."""
-    tiles = range(-(-most // PRODUCT_ROWS) * PRODUCT_ROWS, 0, -PRODUCT_ROWS)
-    sizes = {rows - fewer for rows in tiles for fewer in FEWER_ROWS} | {*range(1, PRODUCT_ROWS)}
-    yield from sorted({most} | {rows for rows in sizes if rows < most}, reverse=True)
+    """Falling, from most on."""
+    yield from sorted(
+        {most, *range(ALL_ROWS_UP_TO, most, PRODUCT_ROWS), *range(1, min(most, ALL_ROWS_UP_TO))},
+        reverse=True,
+    )
 
 
 def _run(runner: Runner, lane: Lane, batch: HostBatch) -> None:
